@@ -1,0 +1,48 @@
+"""Checks of arguments: what was expected, what was received, how to mend it."""
+
+import math
+import numbers
+
+
+def is_number(value):
+    """Tells whether `value` is a real number; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_decay(decay):
+    """Returns `decay` as a float, or raises `ValueError`."""
+    if not is_number(decay) or not 0 <= decay < 1:
+        raise ValueError(
+            f"`decay` must be a number in [0, 1). Received: decay={decay!r}. "
+            "For the plain mean use UniformAverage()."
+        )
+    return float(decay)
+
+
+def check_exponent(name, value):
+    """Returns `value` as a float, or raises `ValueError`."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. "
+            "0 is the uniform mean; a larger value forgets faster."
+        )
+    return float(value)
+
+
+def check_integer(name, value, at_least):
+    """Returns `value` as an int, or raises `ValueError`."""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < at_least:
+        raise ValueError(
+            f"`{name}` counts optimizer steps: it must be an int of at least {at_least}. "
+            f"Received: {name}={value!r}."
+        )
+    return int(value)
+
+
+def check_choice(name, value, choices):
+    """Returns `value`, one of the strings `choices`, or raises `ValueError`."""
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {expected}. Received: {name}={value!r}.")
+    return value

@@ -1,0 +1,235 @@
+"""An unshared copy of a model, checked: disjoint variables, same outputs."""
+
+import contextlib
+import random
+
+import keras
+import numpy as np
+from keras import tree
+
+# One forward pass with the same values gives the same outputs up to the order of sums, which
+# threads may change; state left behind by the clone (an adapted mean, a table) shows far above it.
+_OUTPUT_TOLERANCE = 1e-3
+
+
+def clone_model(model, clone_function=None):
+    """Makes a model of the same architecture that shares no variable with `model`.
+
+    The clone is uncompiled. When `model` is built, the clone is built too, but
+    its weights are fresh: `copy_checked` copies them.
+
+    Args:
+        model: A `keras.Model`.
+        clone_function: `() -> keras.Model`, for a model Keras cannot clone.
+            Defaults to None: through the model's `get_config`.
+
+    Returns:
+        A `keras.Model`.
+
+    Raises:
+        TypeError: If `clone_function` returns no `keras.Model`.
+        ValueError: If Keras cannot clone the model, or the clone shares
+            variables with it.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> clone = clone_model(model)
+    >>> clone.count_params() == model.count_params(), clone.weights[0] is model.weights[0]
+    (True, False)
+    """
+    with _unchanged_random_state():
+        if clone_function is None:
+            clone = _clone_through_config(model)
+        else:
+            clone = clone_function()
+    if not isinstance(clone, keras.Model):
+        raise TypeError(
+            "`clone_function` must return a keras.Model, a fresh one of the same architecture as "
+            f"`model`. Received: {clone!r}, from clone_function={clone_function!r}."
+        )
+    check_disjoint(model, clone)
+    return clone
+
+
+def _clone_through_config(model):
+    layers = model._flatten_layers()
+    custom_objects = {type(layer).__name__: type(layer) for layer in layers}
+    try:
+        config = keras.saving.serialize_keras_object(model)
+        # The config was made in this process, so a Lambda layer in it is the user's own code.
+        return keras.saving.deserialize_keras_object(
+            _without_compile_config(config), custom_objects=custom_objects, safe_mode=False
+        )
+    except Exception as error:
+        raise ValueError(
+            f"Keras cannot clone the model '{model.name}' of class {type(model).__name__}: "
+            f"{error}\nGive the class a `get_config()` that holds all its constructor arguments, "
+            "or pass `clone_function`, a function without arguments that returns a fresh model of "
+            "the same architecture: PolyakModel(model, clone_function=make_model)."
+        ) from error
+
+
+def _without_compile_config(config):
+    if isinstance(config, dict):
+        return {k: _without_compile_config(v) for k, v in config.items() if k != "compile_config"}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_without_compile_config(item) for item in config)
+    return config
+
+
+@contextlib.contextmanager
+def _unchanged_random_state():
+    # Keras draws the default seeds of layers and initializers from Python's generator: without
+    # this, whatever the user creates after wrapping would differ from the unwrapped run.
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def check_disjoint(model, clone):
+    """Raises `ValueError` if the two models share a variable.
+
+    Args:
+        model: A `keras.Model`.
+        clone: A `keras.Model`.
+    """
+    owned = {id(variable) for variable in model.variables}
+    for variable in clone.variables:
+        if id(variable) in owned:
+            raise ValueError(
+                f"The clone of the model '{model.name}' shares the variable '{variable.path}' with "
+                "it, so the average would overwrite what is trained. Build every layer afresh in "
+                "`clone_function` (or in the model's `from_config`) instead of reusing live ones."
+            )
+
+
+def pair_weights(model, clone):
+    """Pairs the weights of a model with those of its clone.
+
+    Args:
+        model: A built `keras.Model`.
+        clone: A built `keras.Model`.
+
+    Returns:
+        A tuple of pairs `(weight of model, weight of clone)`, in the order of
+        `model.weights`.
+
+    Raises:
+        ValueError: If the architectures differ; it names the first variable that
+            does.
+    """
+    pairs = tuple(zip(model.weights, clone.weights, strict=False))
+    for weight, copy in pairs:
+        expected = f"shape {tuple(weight.shape)}, dtype {weight.dtype}"
+        received = f"shape {tuple(copy.shape)}, dtype {copy.dtype}"
+        if expected != received:
+            raise ValueError(
+                "The clone must have the architecture of the model. The first variable that "
+                f"differs is '{weight.path}' of {expected}. Received in the clone: '{copy.path}' "
+                f"of {received}. Make `clone_function` return the same architecture."
+            )
+    if len(model.weights) != len(clone.weights):
+        longer = max(model, clone, key=lambda candidate: len(candidate.weights))
+        extra = longer.weights[len(pairs)]
+        raise ValueError(
+            f"The clone must have the architecture of the model '{model.name}', which has "
+            f"{len(model.weights)} weights. Received a clone with {len(clone.weights)}; the first "
+            f"variable without a partner is '{extra.path}' of shape {tuple(extra.shape)}. Make "
+            "`clone_function` return the same architecture."
+        )
+    return pairs
+
+
+def restore_derived_state(model):
+    """Recomputes what layers derive from their weights, as loading a file does.
+
+    Args:
+        model: A `keras.Model` whose weights have been assigned.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization) and layer.built:
+            layer.finalize_state()
+
+
+def check_same_outputs(model, clone, inputs):
+    """Raises `ValueError` unless both models answer alike, given the same state.
+
+    Nothing is changed by the check: both passes run without side effects, the
+    clone with all values of the model, seeds included.
+
+    Args:
+        model: A built `keras.Model`.
+        clone: Its clone, with the same weights.
+        inputs: A batch, or a nested structure of batches.
+    """
+    if len(model.variables) != len(clone.variables):
+        state = []
+    else:
+        values = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
+        state = list(zip(clone.variables, values))
+    try:
+        with keras.StatelessScope():
+            expected = model(inputs, training=False)
+    except Exception:  # The probe does not suit the model, so there is nothing to compare.
+        return
+    with keras.StatelessScope(state_mapping=state):
+        received = clone(inputs, training=False)
+    tree.assert_same_structure(expected, received)
+    for ours, theirs in zip(tree.flatten(expected), tree.flatten(received)):
+        if not _agree(keras.ops.convert_to_numpy(ours), keras.ops.convert_to_numpy(theirs)):
+            raise ValueError(
+                f"The clone of the model '{model.name}' has the same weights but other outputs, so "
+                "the model holds state outside its weights (an adapted layer or a lookup table, "
+                "for instance) that its `get_config()` leaves out. Pass `clone_function`, a "
+                "function that returns a fresh model with that state."
+            )
+
+
+def _agree(expected, received):
+    if expected.shape != received.shape:
+        return False
+    if not np.issubdtype(expected.dtype, np.inexact):
+        return np.array_equal(expected, received)
+    expected, received = expected.astype("float64"), received.astype("float64")
+    scale = np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected))
+    return np.allclose(
+        expected, received, rtol=0, atol=_OUTPUT_TOLERANCE * scale, equal_nan=True
+    )
+
+
+def probe_inputs(model):
+    """Makes a small batch that suits the inputs a built model declares.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        A nested structure of arrays, or None if the model does not declare its
+        inputs (a subclassed model).
+    """
+    try:
+        inputs = model.input
+    except (AttributeError, ValueError):
+        return None
+    return probe_like(inputs)
+
+
+def probe_like(inputs):
+    """Makes a small batch of the shapes and dtypes of symbolic inputs.
+
+    Args:
+        inputs: A `keras.KerasTensor`, or a nested structure of them.
+    """
+    return tree.map_structure(_probe, inputs)
+
+
+def _probe(spec):
+    if spec is None:
+        return None
+    shape = [1 if size is None else size for size in spec.shape]
+    if spec.dtype == "string":
+        return keras.ops.convert_to_tensor(np.full(shape, ""))
+    return np.random.default_rng(0).random(shape).astype(spec.dtype)

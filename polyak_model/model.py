@@ -1,0 +1,481 @@
+"""PolyakModel: a model, and beside it the running average of its weights."""
+
+import contextlib
+
+import keras
+from keras import tree
+
+from polyak_model import backend, cloning, routing, rules
+from polyak_model.arguments import check_choice
+from polyak_model.shadow import Shadow
+
+
+@keras.saving.register_keras_serializable(package="polyak_model")
+class PolyakModel(keras.Model):
+    """Trains a model and keeps the running average of its weights beside it.
+
+    After each optimizer step, inside the training step,
+
+        average += weight(step) * (iterate - average)
+
+    Training is that of `model`, unchanged. Outside training the average
+    answers, or the raw model, or both together.
+
+    Args:
+        model: A `keras.Model`, compiled or not, built or not. It becomes
+            `raw_model`.
+        average: Float in [0, 1), the decay of an `ExponentialAverage`, or a rule
+            of `polyak_model.rules`. Defaults to 0.999.
+        inference: `"average"`, `"raw"` or `"ensemble"`: who answers `evaluate`,
+            `predict` and calls with `training=False`. It can also be set as an
+            attribute. Defaults to `"average"`.
+        report: Routes that `evaluate` (and `fit` with validation data) reports
+            in one pass, e.g. `("average", "raw", "ensemble")`. The metrics of
+            `inference` have plain names, those of the others are prefixed:
+            `raw_loss`. Defaults to None: `inference` alone.
+        combine: How the ensemble joins outputs. `"mean"`; `"softmax"`, where
+            outputs are logits and the joined one is the logarithm of the mean of
+            the probabilities; or a callable from a list of outputs to one.
+            Defaults to `"mean"`.
+        non_trainable: `"average"` or `"copy"`: whether float variables that no
+            optimizer trains (the statistics of BatchNormalization) are averaged
+            like the weights or copied from the raw model. Defaults to
+            `"average"`.
+        compensated: Bool. Whether to carry the rounding error of the average
+            along (Kahan), for slow averages; takes as much memory again as the
+            average. Defaults to False.
+        device: Where the average lives, e.g. `"CPU:0"`. Defaults to None:
+            beside the raw weights.
+        clone_function: `() -> keras.Model`, a fresh model of the same
+            architecture, for a model Keras cannot clone. Defaults to None.
+        name: Name of the wrapper.
+
+    Raises:
+        ValueError: If an argument is out of its range, or Keras cannot clone
+            `model`.
+        TypeError: If `model` is not a `keras.Model`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model = PolyakModel(inner, average=0.9)
+    >>> model.compile(optimizer="sgd", loss="mse")
+    >>> history = model.fit(np.ones((8, 3)), np.ones((8, 1)), epochs=2, verbose=0)
+    >>> model.average_step
+    2
+    >>> model.predict(np.ones((8, 3)), using="raw", verbose=0).shape
+    (8, 1)
+
+    Reference:
+        Polyak & Juditsky 1992, Acceleration of stochastic approximation by
+        averaging.
+    """
+
+    def __init__(
+        self,
+        model,
+        average=0.999,
+        *,
+        inference="average",
+        report=None,
+        combine="mean",
+        non_trainable="average",
+        compensated=False,
+        device=None,
+        clone_function=None,
+        name=None,
+    ):
+        _check_model(model)
+        rule = rules.get(average)
+        routing.check_route("inference", inference)
+        routing.check_report(report, inference)
+        routing.check_combine(combine)
+        check_choice("non_trainable", non_trainable, ("average", "copy"))
+        if clone_function is not None and not callable(clone_function):
+            raise ValueError(
+                "`clone_function` must be a function without arguments that returns a fresh "
+                f"keras.Model. Received: clone_function={clone_function!r}."
+            )
+        with backend.device(device):
+            clone = cloning.clone_model(model, clone_function)
+        super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
+        self.raw_model = model
+        self.shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
+        self.report = None if report is None else tuple(report)
+        self.clone_function = clone_function
+        self._router = routing.Router(model, self.shadow, combine)
+        self._inference = inference
+        self._active = None
+        self._adopted = None
+        if model.built:
+            self._start(cloning.probe_inputs(model))
+        if model.compiled:
+            self._adopt_compilation()
+
+    @property
+    def average_model(self):
+        """The clone that holds the average, a plain Keras model.
+
+        Until averaging begins it mirrors the raw model, also after weights were
+        loaded there.
+        """
+        self._mirror_until_begun()
+        return self.shadow.model
+
+    @property
+    def average_step(self):
+        """Int: optimizer steps taken since averaging (re)started."""
+        return int(self.shadow.step.numpy())
+
+    @property
+    def inference(self):
+        """The route that answers by default."""
+        return self._inference
+
+    @inference.setter
+    def inference(self, route):
+        self._inference = routing.check_route("inference", route)
+
+    def update_average(self):
+        """Takes one step of averaging, for training loops of your own.
+
+        Call it right after the optimizer's step, eagerly or inside a
+        `tf.function`.
+
+        Raises:
+            ValueError: If the model is not built.
+
+        Example:
+
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = PolyakModel(inner)
+        >>> model.update_average()
+        >>> model.average_step
+        1
+        """
+        self._check_built("update_average")
+        self.shadow.update()
+
+    def reset_average(self):
+        """Forgets the past: the average becomes the present raw weights, the step 0.
+
+        Raises:
+            ValueError: If the model is not built.
+        """
+        self._check_built("reset_average")
+        self.shadow.reset()
+
+    def apply_average(self):
+        """Copies the average into the raw model, for the end of training or Switch EMA.
+
+        Raises:
+            ValueError: If the model is not built.
+        """
+        self._check_built("apply_average")
+        self.shadow.apply()
+        cloning.restore_derived_state(self.raw_model)
+
+    def compile(self, *args, **kwargs):
+        """Compiles the raw model, and the other routes for evaluation.
+
+        Args:
+            *args: The arguments of the raw model's `compile`.
+            **kwargs: The keyword arguments of the raw model's `compile`.
+
+        Raises:
+            ValueError: If the optimizer averages by itself (`use_ema=True`), or
+                a metric cannot be copied.
+        """
+        _refuse_second_average(kwargs.get("optimizer", args[0] if args else None))
+        self.raw_model.compile(*args, **kwargs)
+        self._adopt_compilation(args, kwargs)
+
+    def _adopt_compilation(self, args=(), kwargs=None):
+        raw = self.raw_model
+        _refuse_second_average(raw.optimizer)
+        self._router.compile(args, kwargs)
+        super().compile(
+            optimizer=raw.optimizer,
+            run_eagerly=raw.run_eagerly,
+            steps_per_execution=raw.steps_per_execution,
+            jit_compile=raw.jit_compile,
+            auto_scale_loss=False,
+        )
+        self.loss = raw.loss
+        self._adopted = raw._compile_config
+
+    def _assert_compile_called(self, method_name=None):
+        raw = self.raw_model
+        if raw.compiled and raw._compile_config is not self._adopted:
+            self._adopt_compilation()
+        if not self.compiled:
+            raise ValueError(
+                f"`{method_name}()` needs a compiled model. Received: a PolyakModel that was never "
+                "compiled. Call model.compile(optimizer=..., loss=...) first, or compile the inner "
+                "model before wrapping it."
+            )
+
+    def get_compile_config(self):
+        return self.raw_model.get_compile_config()
+
+    def compile_from_config(self, config):
+        self.raw_model.compile_from_config(config)
+        self._adopt_compilation()
+
+    def build(self, input_shape):
+        """Builds the raw and the average model, which then equals it.
+
+        Args:
+            input_shape: Shape tuple, or a nested structure of them.
+        """
+        self._start_on(tree.map_shape_structure(keras.KerasTensor, input_shape))
+
+    def _start_on(self, inputs):
+        if self.shadow.started:
+            return
+        for model in (self.raw_model, self.shadow.model):
+            if not model.built:
+                model(inputs)
+        self._start(cloning.probe_like(inputs))
+
+    def _start(self, probe):
+        self.shadow.start(self.raw_model, probe)
+        self.built = True
+
+    def _start_on_batch(self, data):
+        if not self.shadow.started:
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+            with backend.lift():
+                self._start_on(backend.symbolic(x))
+
+    def _check_built(self, method):
+        if not self.shadow.started:
+            raise ValueError(
+                f"`{method}()` needs weights. Received: a model that is not built. Call "
+                "model.build(input_shape), or the model on a batch, first."
+            )
+
+    @property
+    def trainable(self):
+        """Whether the raw model is trained; the average never is."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        self._trainable = bool(value)
+        self.raw_model.trainable = value
+
+    def call(self, inputs, training=None):
+        if training:
+            return self.raw_model(inputs)
+        self._mirror_until_begun()
+        return self._router.answer(self._routes()[0], lambda model: model(inputs))
+
+    def train_step(self, data):
+        self._start_on_batch(data)
+        before = backend.optimizer_step(self.raw_model)
+        logs = self.raw_model.train_step(data)
+        stepped = backend.optimizer_step(self.raw_model) > before
+        self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
+        return logs
+
+    def test_step(self, data):
+        self._start_on_batch(data)
+        return self._router.evaluate(self._routes(), data)
+
+    def predict_step(self, data):
+        self._start_on_batch(data)
+        return self._router.answer(self._routes()[0], lambda model: model.predict_step(data))
+
+    def make_train_function(self, force=False):
+        self._mirror_until_begun()
+        return super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        self._mirror_until_begun()
+        make = super().make_test_function
+        return self._make_routed("test_function", make, force)
+
+    def make_predict_function(self, force=False):
+        self._mirror_until_begun()
+        make = super().make_predict_function
+        return self._make_routed("predict_function", make, force)
+
+    def _make_routed(self, name, make, force):
+        # One compiled function for each route, so that switching routes does not trace again.
+        functions, key = self._router.functions, (name, self._routes())
+        if force or key not in functions:
+            make(force=True)
+            functions[key] = getattr(self, name)
+        setattr(self, name, functions[key])
+        return functions[key]
+
+    def _mirror_until_begun(self):
+        if self.shadow.started and backend.runs_eagerly() and self.shadow.mirrors:
+            self.shadow.mirror()
+
+    def _routes(self):
+        return self._active or (self._inference,)
+
+    @contextlib.contextmanager
+    def _through(self, routes):
+        previous, self._active = self._active, routes
+        try:
+            yield
+        finally:
+            self._active = previous
+
+    def _reported(self, using):
+        return routing.check_report(self.report, self.inference) if using is None else self._one(using)
+
+    def _one(self, using):
+        return (self.inference if using is None else routing.check_route("using", using),)
+
+    @property
+    def metrics(self):
+        """The metrics of the raw model while training, of the answering route while evaluating."""
+        return self._router.model(self._active[0] if self._active else "raw").metrics
+
+    def reset_metrics(self):
+        for route in self._active or ("raw",):
+            self._router.model(route).reset_metrics()
+
+    def get_metrics_result(self):
+        routes = self._active or ("raw",)
+        return self._router.logs(
+            routes, [self._router.model(route).get_metrics_result() for route in routes]
+        )
+
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        steps=None,
+        callbacks=None,
+        return_dict=False,
+        using=None,
+        **kwargs,
+    ):
+        """Evaluates through a route, or through all those of `report` in one pass.
+
+        Args:
+            x: As in `keras.Model.evaluate`, like all arguments but `using`.
+            using: `"average"`, `"raw"` or `"ensemble"`: the route for this call
+                alone, whose metrics then have plain names. Defaults to None:
+                `inference`, and beside it the routes of `report`.
+
+        Returns:
+            A list of the loss and metrics, or a dict with `return_dict=True`.
+
+        Raises:
+            ValueError: If `using` is no route, or the model is not compiled.
+        """
+        with self._through(self._reported(using)):
+            return super().evaluate(
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                verbose=verbose,
+                sample_weight=sample_weight,
+                steps=steps,
+                callbacks=callbacks,
+                return_dict=return_dict,
+                **kwargs,
+            )
+
+    def predict(
+        self, x, batch_size=None, verbose="auto", steps=None, callbacks=None, using=None
+    ):
+        """Predicts through a route.
+
+        Args:
+            x: As in `keras.Model.predict`, like all arguments but `using`.
+            using: The route for this call alone. Defaults to None: `inference`.
+
+        Returns:
+            An array, or a nested structure of arrays.
+
+        Raises:
+            ValueError: If `using` is no route.
+        """
+        with self._through(self._one(using)):
+            return super().predict(
+                x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+            )
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False, using=None):
+        """Evaluates one batch; see `evaluate` for `using`."""
+        with self._through(self._reported(using)):
+            return super().test_on_batch(
+                x, y=y, sample_weight=sample_weight, return_dict=return_dict
+            )
+
+    def predict_on_batch(self, x, using=None):
+        """Predicts one batch; see `predict` for `using`."""
+        with self._through(self._one(using)):
+            return super().predict_on_batch(x)
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        model = dict(serialize(self.raw_model))
+        # The wrapper carries it as its own, so that load_model(compile=False) can leave it out.
+        model.pop("compile_config", None)
+        combine = self._router.combine
+        return {
+            "name": self.name,
+            "model": model,
+            "average": serialize(self.shadow.rule),
+            "inference": self.inference,
+            "report": self.report,
+            "combine": combine if isinstance(combine, str) else serialize(combine),
+            "non_trainable": self.shadow.non_trainable,
+            "compensated": self.shadow.compensated,
+            "device": self.shadow.device,
+            "clone_function": self.clone_function and serialize(self.clone_function),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        deserialize = keras.saving.deserialize_keras_object
+        config = dict(config)
+        for name in ("model", "average", "combine", "clone_function"):
+            if isinstance(config[name], dict):
+                config[name] = deserialize(config[name])
+        return cls(**config)
+
+
+def _check_model(model):
+    advice = "Pass a keras.Model, e.g. PolyakModel(keras.Sequential([...]))."
+    if isinstance(model, type):
+        raise TypeError(
+            f"`model` must be an instance of keras.Model. Received: the class {model.__name__}. "
+            f"Pass an instance: PolyakModel({model.__name__}(...))."
+        )
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r}. {advice}")
+    if isinstance(model, PolyakModel):
+        raise TypeError(
+            "`model` is a PolyakModel already, and an average of an average is rarely what is "
+            "meant. Received: model=<PolyakModel "
+            f"'{model.name}'>. Wrap model.raw_model instead, or change its rule."
+        )
+    if model.compiled:
+        _refuse_second_average(model.optimizer)
+
+
+def _refuse_second_average(optimizer):
+    if optimizer is None or isinstance(optimizer, str):
+        return
+    optimizer = keras.optimizers.get(optimizer)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if inner.use_ema:
+        raise ValueError(
+            "`optimizer` must not average by itself inside a PolyakModel. Received: "
+            f"{type(inner).__name__}(use_ema=True, ema_momentum={inner.ema_momentum}). Remove "
+            "use_ema=True from the optimizer and keep PolyakModel(model, "
+            f"average={inner.ema_momentum}), or keep the optimizer and remove PolyakModel."
+        )

@@ -1,0 +1,276 @@
+"""Who answers outside training, how answers are joined, and the metrics of each route."""
+
+import math
+
+import keras
+from keras import ops, tree
+
+from polyak_model import backend
+from polyak_model.arguments import check_choice
+
+ROUTES = ("average", "raw", "ensemble")
+
+
+def check_route(name, route):
+    """Returns `route`, or raises `ValueError`.
+
+    Args:
+        name: Name of the argument, for the message.
+        route: Anything.
+    """
+    return check_choice(name, route, ROUTES)
+
+
+def check_report(report, inference):
+    """Returns the routes that `evaluate` reports, the default route first.
+
+    Args:
+        report: Routes, or None for the default route alone.
+        inference: The default route.
+    """
+    if report is None:
+        return (inference,)
+    if isinstance(report, str):
+        raise ValueError(
+            "`report` must be a list or tuple of routes, e.g. ('average', 'raw', 'ensemble'). "
+            f"Received: report={report!r}. For one route write report=({report!r},)."
+        )
+    routes = [check_route("report", route) for route in report]
+    return tuple(dict.fromkeys([inference, *routes]))
+
+
+def join(combine, answers):
+    """Joins the answers of several models into one.
+
+    Args:
+        combine: `"mean"`: the mean of the answers. `"softmax"`: the answers are
+            logits, and the joined one is the logarithm of the mean of their
+            probabilities. Or a callable from a list of answers to one.
+        answers: List of outputs, nested structures of one shape.
+
+    Returns:
+        An output of the same structure.
+
+    Raises:
+        ValueError: If `combine` changes the structure or the shapes, or joins
+            integers by a mean.
+
+    Example:
+
+    >>> join("mean", [ops.array([1.0, 2.0]), ops.array([3.0, 6.0])]).numpy().tolist()
+    [2.0, 4.0]
+    """
+    if callable(combine):
+        joined = combine(answers)
+        _check_same_structure(combine, answers[0], joined)
+        return joined
+    return tree.map_structure(lambda *leaves: _JOIN[combine](leaves), *answers)
+
+
+def _mean(leaves):
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(leaves[0].dtype)):
+        raise ValueError(
+            "`combine='mean'` averages outputs that are floats. Received: an output of dtype "
+            f"{keras.backend.standardize_dtype(leaves[0].dtype)}. Pass `combine`, a callable from "
+            "the list of outputs to one, or use inference='average'."
+        )
+    return sum(leaves) / len(leaves)
+
+
+def _log_mean_softmax(leaves):
+    log_probabilities = ops.stack([ops.log_softmax(logits, axis=-1) for logits in leaves])
+    return ops.logsumexp(log_probabilities, axis=0) - math.log(len(leaves))
+
+
+_JOIN = {"mean": _mean, "softmax": _log_mean_softmax}
+
+
+def check_combine(combine):
+    """Returns `combine`, or raises `ValueError`.
+
+    Args:
+        combine: Anything.
+    """
+    if not callable(combine) and (not isinstance(combine, str) or combine not in _JOIN):
+        raise ValueError(
+            "`combine` must be 'mean', 'softmax' or a callable from a list of outputs to one. "
+            f"Received: combine={combine!r}."
+        )
+    return combine
+
+
+def _check_same_structure(combine, expected, received):
+    def shapes(outputs):
+        return tree.map_structure(lambda leaf: str(tuple(leaf.shape)), outputs)
+
+    try:
+        tree.assert_same_structure(expected, received)
+        same = tree.flatten(shapes(expected)) == tree.flatten(shapes(received))
+    except (ValueError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(
+            "`combine` must return one output of the structure and shapes of a single model's. "
+            f"Expected: {shapes(expected)}. Received: {shapes(received)}, from combine={combine!r}."
+        )
+
+
+class Ensemble(keras.Model):
+    """The raw and the average model answering together; it holds the metrics of their answer.
+
+    Args:
+        members: The models whose answers are joined.
+        combine: How, see `join`.
+    """
+
+    def __init__(self, members, combine):
+        super().__init__(name="ensemble")
+        self.members = members
+        self.combine = combine
+        if hasattr(members[0], "output_names"):
+            self.output_names = members[0].output_names
+
+    @property
+    def losses(self):
+        """The mean of the members' penalties, so that losses of routes compare."""
+        penalties = [ops.sum(loss) for member in self.members for loss in member.losses]
+        return [sum(penalties) / len(self.members)] if penalties else []
+
+
+class Router:
+    """Answers and scores batches through routes.
+
+    Args:
+        raw: The raw model.
+        shadow: The `Shadow` of the average.
+        combine: How the ensemble joins answers.
+    """
+
+    def __init__(self, raw, shadow, combine):
+        self.raw = raw
+        self.shadow = shadow
+        self.combine = combine
+        self.ensemble = Ensemble([raw, shadow.model], combine)
+        self.functions = {}
+
+    def model(self, route):
+        """Returns the model that holds the metrics of a route."""
+        return {"raw": self.raw, "average": self.shadow.model, "ensemble": self.ensemble}[route]
+
+    def compile(self, args=(), kwargs=None):
+        """Compiles the average model and the ensemble as the raw model is, for evaluation.
+
+        Args:
+            args: What a raw model with a `compile` of its own was compiled with.
+            kwargs: Likewise, or None if that is not known.
+        """
+        own_compile = type(self.raw).compile is not keras.Model.compile
+        settings = dict(self.raw._compile_config.config)
+        # Keras cannot load a model compiled without an optimizer; plain SGD has no state.
+        settings["optimizer"] = keras.optimizers.SGD()
+        average = ((), settings) if not own_compile else (args, kwargs)
+        for model, (args, kwargs) in ((self.shadow.model, average), (self.ensemble, ((), settings))):
+            if kwargs is not None:
+                model.compile(*_fresh(args), **_fresh(kwargs))
+        self.functions.clear()
+
+    def answer(self, route, ask):
+        """Asks the models of a route.
+
+        Args:
+            route: One of `ROUTES`.
+            ask: Callable from a model to its output.
+
+        Returns:
+            The output; the ensemble joins those of its two models.
+        """
+        if route == "ensemble":
+            return join(self.combine, [ask(member) for member in self.ensemble.members])
+        return ask(self.model(route))
+
+    def evaluate(self, routes, data):
+        """Updates the metrics of several routes with one batch.
+
+        Every model runs once, whatever the routes.
+
+        Args:
+            routes: Routes; the logs of the first have plain names, those of the
+                others are prefixed with the route.
+            data: A batch `(x, y, sample_weight)`.
+
+        Returns:
+            The logs, a dict.
+        """
+        if "ensemble" in routes:
+            return self.logs(routes, self._score(routes, data))
+        logs = []
+        for route in routes:
+            with self._penalties():
+                logs.append(self.model(route).test_step(data))
+        return self.logs(routes, logs)
+
+    def _score(self, routes, data):
+        self._check_plain_test_step()
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        answers = [forward(member, x) for member in self.ensemble.members]
+        outputs = dict(zip(("raw", "average"), answers, strict=True))
+        outputs["ensemble"] = join(self.combine, answers)
+        with self._penalties():
+            return [
+                backend.score(self.model(route), x, y, sample_weight, outputs[route])
+                for route in routes
+            ]
+
+    def _penalties(self):
+        return self.shadow.penalties()
+
+    def _check_plain_test_step(self):
+        for method in ("test_step", "compute_loss", "compute_metrics"):
+            if getattr(type(self.raw), method) is not getattr(keras.Model, method):
+                raise ValueError(
+                    f"The ensemble cannot be evaluated: {type(self.raw).__name__} has a "
+                    f"`{method}` of its own, which scores the outputs of one model. Evaluate the "
+                    "routes 'average' and 'raw', or use predict(using='ensemble') and score its "
+                    "outputs yourself."
+                )
+
+    def logs(self, routes, logs):
+        """Joins the logs of several routes into one dict.
+
+        Args:
+            routes: The routes, the one with the plain names first.
+            logs: A dict for each.
+        """
+        joined = dict(logs[0])
+        for route, own in zip(routes[1:], logs[1:], strict=True):
+            joined.update({f"{route}_{name}": value for name, value in own.items()})
+        return joined
+
+
+def forward(model, x):
+    """Returns the answer of a model outside training.
+
+    Args:
+        model: A `keras.Model`.
+        x: Inputs.
+    """
+    return model(x, training=False) if model._call_has_training_arg else model(x)
+
+
+def _fresh(arguments):
+    # Metrics and optimizers hold state, so no two models may share one.
+    stateful = (keras.metrics.Metric, keras.optimizers.Optimizer)
+
+    def fresh(value):
+        if not isinstance(value, stateful):
+            return value
+        try:
+            return type(value).from_config(value.get_config())
+        except Exception as error:
+            raise ValueError(
+                f"'{value.name}' of class {type(value).__name__} cannot be copied, and each route "
+                "needs one of its own. Give the class a `get_config()` that holds all its "
+                f"constructor arguments. Keras says: {error}"
+            ) from error
+
+    return tree.map_structure(fresh, arguments)

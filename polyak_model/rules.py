@@ -1,0 +1,403 @@
+"""Averaging rules: how much of the newest iterate enters the average.
+
+Scalar mathematics only. A rule turns the number of optimizer steps taken since
+averaging began into the weight `c` of the update
+
+    average += c * (iterate - average)
+
+Every weight is computed in float64 and without cancellation: `1 - d**t` is
+`-expm1(t * log(d))`.
+"""
+
+import math
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from polyak_model.arguments import check_decay, check_exponent, check_integer, is_number
+
+_PACKAGE = "polyak_model"
+
+
+class Rule:
+    """How much of the newest iterate enters the average at each step.
+
+    Subclass it to write a rule of your own: implement `_share(t, k, xp)`, the
+    share of the newest iterate at step `t` when the average last moved `k`
+    steps ago, and extend `get_config`.
+
+    Args:
+        start_step: Int, at least 0. For that many optimizer steps the average
+            mirrors the raw weights; then averaging begins with `t = 1`.
+            Defaults to 0.
+        update_every: Int, at least 1. The average moves at every
+            `update_every`-th step after `start_step`. Defaults to 1.
+    """
+
+    def __init__(self, start_step=0, update_every=1):
+        self.start_step = check_integer("start_step", start_step, at_least=0)
+        self.update_every = check_integer("update_every", update_every, at_least=1)
+
+    def weight(self, step, stride=1):
+        """Returns the share of the newest iterate, in (0, 1].
+
+        Args:
+            step: Optimizer steps taken since averaging was (re)started, 1 after
+                the first. An int, a NumPy array or a tensor.
+            stride: Optimizer steps since the average last moved. Defaults to 1.
+
+        Returns:
+            A float for an int; otherwise a float64 array or tensor of the shape
+            of `step`. It is 1 up to `start_step`.
+
+        Example:
+
+        >>> UniformAverage().weight(4)
+        0.25
+        >>> UniformAverage(start_step=3).weight(4)
+        1.0
+        """
+        xp = ops if ops.is_tensor(step) else np
+        t = _float64(step, xp) - float(self.start_step)
+        k = float(stride)
+        with np.errstate(divide="ignore"):
+            share = self._share(xp.maximum(t, k), k, xp)
+        weight = xp.where(t <= 0, 1.0, share)
+        return float(weight) if isinstance(step, numbers.Integral) else weight
+
+    def moves_at(self, step):
+        """Tells whether the average moves after this optimizer step.
+
+        Args:
+            step: Optimizer steps taken since averaging was (re)started. An int,
+                a NumPy array or a tensor.
+
+        Returns:
+            A bool, or an array or tensor of booleans.
+
+        Example:
+
+        >>> [step for step in range(1, 9) if UniformAverage(2, 3).moves_at(step)]
+        [1, 2, 5, 8]
+        """
+        t = step - self.start_step
+        return (t <= 0) | (t % self.update_every == 0)
+
+    def _share(self, t, k, xp):
+        raise NotImplementedError(
+            f"{type(self).__name__} does not implement `_share(t, k, xp)`: the share of the newest "
+            "iterate at step `t`, `k` steps after the last move, computed with the functions of "
+            "the namespace `xp` (numpy or keras.ops)."
+        )
+
+    def get_config(self):
+        return {"start_step": self.start_step, "update_every": self.update_every}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash((type(self), tuple(sorted(self.get_config().items()))))
+
+    def __repr__(self):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class ExponentialAverage(Rule):
+    """Exponential moving average: an iterate loses the factor `decay` per step.
+
+    With `debias=True` the weight at step t and stride k is
+
+        (1 - decay**k) / (1 - decay**t)
+
+    so that the average is the weighted mean of the iterates with weights
+    proportional to `decay**age`, and the weights before the first step have no
+    part in it. With `debias=False` it is `1 - decay**k`, and the average starts
+    from the weights before the first step. With `warmup=True` it is
+
+        1 - min(decay, (1 + n) / (10 + n))**k
+
+    where n is the number of updates before this one; `debias` then has no
+    effect, since the warm-up takes its place.
+
+    Args:
+        decay: Float in [0, 1). Defaults to 0.999.
+        debias: Bool. Defaults to True.
+        warmup: Bool. Defaults to False.
+        start_step: Int. Steps for which the average mirrors the raw weights.
+            Defaults to 0.
+        update_every: Int. Steps between two moves of the average; the half-life
+            in optimizer steps stays the same. Defaults to 1.
+
+    Raises:
+        ValueError: If `decay` is not a number in [0, 1), or `start_step` or
+            `update_every` is not an int in its range.
+
+    Example:
+
+    >>> rule = ExponentialAverage(0.9)
+    >>> rule.weight(1), round(rule.weight(2), 4), round(rule.weight(1000), 4)
+    (1.0, 0.5263, 0.1)
+
+    Reference:
+        Kingma & Ba 2015, Adam, section 3 and section 7.2 (temporal averaging);
+        `debias=False` and `warmup=True`: `tf.train.ExponentialMovingAverage`
+        without and with `num_updates`.
+    """
+
+    def __init__(self, decay=0.999, debias=True, warmup=False, start_step=0, update_every=1):
+        super().__init__(start_step, update_every)
+        self.decay = check_decay(decay)
+        self.debias = bool(debias)
+        self.warmup = bool(warmup)
+        self._log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
+
+    @classmethod
+    def from_half_life(cls, steps, **kwargs):
+        """Makes the rule whose memory halves every `steps` optimizer steps.
+
+            decay = 0.5 ** (1 / steps)
+
+        Args:
+            steps: Float above 0, in optimizer steps.
+            **kwargs: The other arguments of `ExponentialAverage`.
+
+        Returns:
+            An `ExponentialAverage`.
+
+        Raises:
+            ValueError: If `steps` is not a positive finite number.
+
+        Example:
+
+        >>> round(ExponentialAverage.from_half_life(1000).decay ** 1000, 12)
+        0.5
+        """
+        if not is_number(steps) or not 0 < steps < math.inf:
+            raise ValueError(
+                "`steps`, the half-life in optimizer steps, must be a positive finite number. "
+                f"Received: steps={steps!r}."
+            )
+        return cls(decay=0.5 ** (1 / steps), **kwargs)
+
+    def _share(self, t, k, xp):
+        if self.warmup:
+            n = t / k - 1
+            log_ramp = xp.log1p(-9 / (10 + n))
+            return -xp.expm1(k * xp.minimum(_float64(self._log_decay, xp), log_ramp))
+        share = -xp.expm1(_float64(k * self._log_decay, xp))
+        if self.debias:
+            return share / -xp.expm1(t * self._log_decay)
+        return share
+
+    def get_config(self):
+        config = {"decay": self.decay, "debias": self.debias, "warmup": self.warmup}
+        return {**config, **super().get_config()}
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class UniformAverage(Rule):
+    """The Polyak average: the uniform mean of all iterates.
+
+    The weight at step t and stride k is `k / t`.
+
+    Args:
+        start_step: Int. Steps for which the average mirrors the raw weights.
+            Defaults to 0.
+        update_every: Int. Steps between two moves of the average; it is then
+            the mean of every `update_every`-th iterate. Defaults to 1.
+
+    Example:
+
+    >>> [round(UniformAverage().weight(step), 3) for step in (1, 2, 3)]
+    [1.0, 0.5, 0.333]
+
+    Reference:
+        Polyak & Juditsky 1992, Acceleration of stochastic approximation by
+        averaging; Ruppert 1988.
+    """
+
+    def _share(self, t, k, xp):
+        return k / t
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class PolynomialAverage(Rule):
+    """Polynomial-decay averaging: later iterates weigh polynomially more.
+
+    With n updates before this one, the weight is `(eta + 1) / (n + 1 + eta)`.
+    `eta=0` is the uniform mean.
+
+    Args:
+        eta: Float, at least 0. Defaults to 3.
+        start_step: Int. Steps for which the average mirrors the raw weights.
+            Defaults to 0.
+        update_every: Int. Steps between two moves of the average. Defaults to 1.
+
+    Raises:
+        ValueError: If `eta` is not a finite number of at least 0.
+
+    Example:
+
+    >>> [round(PolynomialAverage(eta=3).weight(step), 3) for step in (1, 2, 3)]
+    [1.0, 0.8, 0.667]
+
+    Reference:
+        Shamir & Zhang 2013, Stochastic gradient descent for non-smooth
+        optimization, section 4.
+    """
+
+    def __init__(self, eta=3, start_step=0, update_every=1):
+        super().__init__(start_step, update_every)
+        self.eta = check_exponent("eta", eta)
+
+    def _share(self, t, k, xp):
+        n = t / k - 1
+        return (self.eta + 1) / (n + 1 + self.eta)
+
+    def get_config(self):
+        return {"eta": self.eta, **super().get_config()}
+
+
+@keras.saving.register_keras_serializable(package=_PACKAGE)
+class PowerAverage(Rule):
+    """Power-function average: its memory grows in proportion to the run.
+
+    The weight at step t and stride k is `1 - (1 - k / t)**(gamma + 1)`. The
+    profile over past steps is a power of the step, so its width relative to the
+    run so far stays constant.
+
+    Args:
+        gamma: Float, at least 0. Defaults to 6.94, a relative width of 0.10.
+        start_step: Int. Steps for which the average mirrors the raw weights.
+            Defaults to 0.
+        update_every: Int. Steps between two moves of the average. Defaults to 1.
+
+    Raises:
+        ValueError: If `gamma` is not a finite number of at least 0.
+
+    Example:
+
+    >>> [round(PowerAverage(gamma=1).weight(step), 3) for step in (1, 2, 3)]
+    [1.0, 0.75, 0.556]
+
+    Reference:
+        Karras et al. 2024, Analyzing and improving the training dynamics of
+        diffusion models, equation 127.
+    """
+
+    def __init__(self, gamma=6.94, start_step=0, update_every=1):
+        super().__init__(start_step, update_every)
+        self.gamma = check_exponent("gamma", gamma)
+
+    @classmethod
+    def from_relative_width(cls, sigma_rel, **kwargs):
+        """Makes the rule whose profile has this standard deviation.
+
+        `gamma` solves `sigma_rel**2 * (gamma + 2)**2 * (gamma + 3) = gamma + 1`.
+
+        Args:
+            sigma_rel: Float in (0, 12**-0.5]: the standard deviation of the
+                profile, as a fraction of the steps so far.
+            **kwargs: The other arguments of `PowerAverage`.
+
+        Returns:
+            A `PowerAverage`.
+
+        Raises:
+            ValueError: If `sigma_rel` is out of its range.
+
+        Example:
+
+        >>> round(PowerAverage.from_relative_width(0.10).gamma, 2)
+        6.94
+        """
+        if not is_number(sigma_rel) or not 0 < sigma_rel <= 12**-0.5:
+            raise ValueError(
+                "`sigma_rel` must be in (0, 0.2887]; 0.2887 = 12**-0.5 is the uniform mean. "
+                f"Received: sigma_rel={sigma_rel!r}."
+            )
+        s = sigma_rel**-2.0
+        gamma = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()
+        return cls(gamma=max(float(gamma), 0.0), **kwargs)
+
+    def _share(self, t, k, xp):
+        return -xp.expm1((self.gamma + 1) * xp.log1p(-k / t))
+
+    def get_config(self):
+        return {"gamma": self.gamma, **super().get_config()}
+
+
+def rescale_decay(decay, batch_ratio):
+    """Keeps the memory of an average, in examples, when the batch size changes.
+
+        decay ** batch_ratio
+
+    Args:
+        decay: Float in [0, 1), the decay that suits the old batch size.
+        batch_ratio: Float above 0, the new batch size over the old one.
+
+    Returns:
+        The decay for the new batch size.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> round(rescale_decay(0.999, 4), 6)
+    0.996006
+
+    Reference:
+        Busbridge et al. 2023, How to scale your EMA, definition 1.2.
+    """
+    if not is_number(batch_ratio) or not 0 < batch_ratio < math.inf:
+        raise ValueError(
+            "`batch_ratio`, the new batch size over the old one, must be a positive finite "
+            f"number. Received: batch_ratio={batch_ratio!r}."
+        )
+    return check_decay(decay) ** batch_ratio
+
+
+def get(average):
+    """Returns the rule that `average` stands for: a float is a decay.
+
+    Args:
+        average: A float in [0, 1), the decay of an `ExponentialAverage`, or a
+            rule.
+
+    Returns:
+        A `Rule`.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+
+    >>> get(0.99).decay
+    0.99
+    """
+    if isinstance(average, Rule):
+        return average
+    if is_number(average):
+        return ExponentialAverage(average)
+    hint = ""
+    if isinstance(average, type) and issubclass(average, Rule):
+        hint = f" Pass an instance: {average.__name__}()."
+    raise ValueError(
+        "`average` must be a decay in [0, 1) or a rule such as UniformAverage(). "
+        f"Received: average={average!r}.{hint}"
+    )
+
+
+def _float64(x, xp):
+    convert = ops.convert_to_tensor if xp is ops else np.asarray
+    return convert(x, dtype="float64")

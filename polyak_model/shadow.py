@@ -1,0 +1,163 @@
+"""One average: its model, its rule, its step, its update."""
+
+import contextlib
+import dataclasses
+
+import keras
+from keras import ops
+
+from polyak_model import backend, cloning
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partners:
+    """The raw weights and who follows them, paired once."""
+
+    all: tuple  # (average, raw)
+    averaged: tuple  # (average, raw), or with compensation (average, raw, residual)
+    copied: tuple  # (average, raw)
+    penalized: tuple  # (average, raw) of weights with a regularizer
+
+
+class Shadow(keras.layers.Layer):
+    """An average model, the rule it follows, and the steps it has seen.
+
+    It is a layer so that Keras saves its state: `step`, the optimizer steps
+    taken since averaging (re)started, and the residuals of compensation.
+
+    Args:
+        model: The average model, an unshared clone of the raw model.
+        rule: A `polyak_model.rules.Rule`.
+        non_trainable: `"average"` or `"copy"`, what happens to float weights
+            that no optimizer trains.
+        compensated: Bool. Whether to carry rounding errors along.
+        device: Where the state lives, e.g. `"CPU:0"`, or None.
+        name: Name of the layer.
+    """
+
+    def __init__(self, model, rule, non_trainable, compensated, device, name="shadow"):
+        super().__init__(name=name)
+        self.model = model
+        self.rule = rule
+        self.non_trainable = non_trainable
+        self.compensated = compensated
+        self.device = device
+        self.step = self.add_weight(
+            shape=(), dtype="int64", initializer="zeros", trainable=False, name="step"
+        )
+        self._partners = None
+
+    @property
+    def started(self):
+        """Whether raw and average weights are paired."""
+        return self._partners is not None
+
+    def start(self, raw, probe=None):
+        """Pairs with a built raw model and becomes its copy.
+
+        Args:
+            raw: The raw `keras.Model`.
+            probe: A batch on which both must answer alike, or None.
+        """
+        partners = self._pair(raw)
+        backend.assign(partners.all)
+        cloning.restore_derived_state(self.model)
+        if probe is not None:
+            cloning.check_same_outputs(raw, self.model, probe)
+        self._partners = partners
+        self.built = True
+
+    def _pair(self, raw):
+        cloning.check_disjoint(raw, self.model)
+        pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, self.model))
+        moving = _non_trainable_weights(self.model)
+        averaged, copied = [], []
+        for average, w in pairs:
+            average.trainable = False
+            by_value = self.non_trainable == "copy" and id(average) in moving
+            if keras.backend.is_float_dtype(average.dtype) and not by_value:
+                averaged.append((average, w, *self._residual_of(average)))
+            else:
+                copied.append((average, w))
+        penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
+        return _Partners(pairs, tuple(averaged), tuple(copied), penalized)
+
+    def _residual_of(self, average):
+        if not self.compensated:
+            return ()
+        with backend.device(self.device):
+            residual = self.add_weight(
+                shape=average.shape,
+                dtype=average.dtype,
+                initializer="zeros",
+                trainable=False,
+                name=f"residual_{average.path.replace('/', '_')}",
+            )
+        return (residual,)
+
+    @property
+    def mirrors(self):
+        """Whether averaging has yet to begin, so that the average is the raw weights."""
+        return int(self.step.numpy()) <= self.rule.start_step
+
+    def mirror(self):
+        """Makes the average a copy of the raw weights, bit for bit."""
+        backend.assign(self._partners.all)
+        for _, _, *residual in self._partners.averaged:
+            for variable in residual:
+                variable.assign(ops.zeros_like(variable))
+        cloning.restore_derived_state(self.model)
+
+    def update(self, stepped=True, may_skip=False):
+        """Takes one step of averaging.
+
+        Args:
+            stepped: Bool or boolean tensor: whether the optimizer took a step.
+            may_skip: Bool. Whether steps are often skipped, so that a branch
+                pays. Defaults to False.
+        """
+        step = ops.convert_to_tensor(self.step) + ops.cast(stepped, "int64")
+        self.step.assign(step)
+        moves = ops.logical_and(stepped, self.rule.moves_at(step))
+        weight = self.rule.weight(step, self.rule.update_every)
+        if may_skip or self.rule.update_every > 1:
+            backend.when(moves, lambda: self._move(weight))
+        else:
+            self._move(ops.where(moves, weight, 0.0))
+
+    def _move(self, weight):
+        if self.compensated:
+            backend.move_compensated(self._partners.averaged, weight)
+        else:
+            backend.move(self._partners.averaged, weight)
+        backend.assign(self._partners.copied, weight)
+
+    def reset(self):
+        """Forgets the past: the average becomes the present raw weights."""
+        self.step.assign(0)
+        self.mirror()
+
+    def apply(self):
+        """Copies the average into the raw model."""
+        backend.assign((w, average) for average, w in self._partners.all)
+
+    @contextlib.contextmanager
+    def penalties(self):
+        """While open, the average model reports the regularization losses of its weights.
+
+        Outside, its weights count as untrainable, and Keras sees no penalty.
+        """
+        trained = [average for average, w in self._partners.penalized if w.trainable]
+        for average in trained:
+            average.trainable = True
+        try:
+            yield
+        finally:
+            for average in trained:
+                average.trainable = False
+
+
+def _non_trainable_weights(model):
+    # A layer that is frozen marks all its weights untrainable, so `weight.trainable` does not
+    # tell a moving mean from a frozen kernel; where the layer tracks them does.
+    return {id(v) for layer in model._flatten_layers() for v in layer._non_trainable_variables}
