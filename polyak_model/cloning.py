@@ -39,10 +39,7 @@ def clone_model(model, clone_function=None):
     (True, False)
     """
     with _unchanged_random_state():
-        if clone_function is None:
-            clone = _clone_through_config(model)
-        else:
-            clone = clone_function()
+        clone = clone_function() if clone_function else _clone_through_config(model)
     if not isinstance(clone, keras.Model):
         raise TypeError(
             "`clone_function` must return a keras.Model, a fresh one of the same architecture as "
@@ -165,20 +162,26 @@ def check_same_outputs(model, clone, inputs):
         clone: Its clone, with the same weights.
         inputs: A batch, or a nested structure of batches.
     """
-    if len(model.variables) != len(clone.variables):
-        state = []
-    else:
-        values = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
-        state = list(zip(clone.variables, values))
+    values = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
+    # A clone made by `clone_function` may leave out layers without weights, such as dropout.
+    alike = len(model.variables) == len(clone.variables)
+    state = list(zip(clone.variables, values, strict=True)) if alike else []
     try:
         with keras.StatelessScope():
             expected = model(inputs, training=False)
     except Exception:  # The probe does not suit the model, so there is nothing to compare.
         return
-    with keras.StatelessScope(state_mapping=state):
-        received = clone(inputs, training=False)
+    try:
+        with keras.StatelessScope(state_mapping=state):
+            received = clone(inputs, training=False)
+    except Exception as error:
+        raise ValueError(
+            f"The model '{model.name}' answers, but its clone fails: {error}\nKeras copies no "
+            "variables that a Lambda layer refers to, for instance. Pass `clone_function`, a "
+            "function without arguments that returns a fresh model of the same architecture."
+        ) from error
     tree.assert_same_structure(expected, received)
-    for ours, theirs in zip(tree.flatten(expected), tree.flatten(received)):
+    for ours, theirs in zip(tree.flatten(expected), tree.flatten(received), strict=True):
         if not _agree(keras.ops.convert_to_numpy(ours), keras.ops.convert_to_numpy(theirs)):
             raise ValueError(
                 f"The clone of the model '{model.name}' has the same weights but other outputs, so "
@@ -195,26 +198,24 @@ def _agree(expected, received):
         return np.array_equal(expected, received)
     expected, received = expected.astype("float64"), received.astype("float64")
     scale = np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected))
-    return np.allclose(
-        expected, received, rtol=0, atol=_OUTPUT_TOLERANCE * scale, equal_nan=True
-    )
+    return np.allclose(expected, received, rtol=0, atol=_OUTPUT_TOLERANCE * scale, equal_nan=True)
 
 
 def probe_inputs(model):
-    """Makes a small batch that suits the inputs a built model declares.
+    """Makes a small batch that suits a built model.
 
     Args:
         model: A `keras.Model`.
 
     Returns:
-        A nested structure of arrays, or None if the model does not declare its
-        inputs (a subclassed model).
+        A nested structure of arrays, or None if the model tells nothing of its
+        inputs.
     """
     try:
-        inputs = model.input
-    except (AttributeError, ValueError):
-        return None
-    return probe_like(inputs)
+        return probe_like(model.inputs[0] if isinstance(model, keras.Sequential) else model.input)
+    except (AttributeError, ValueError):  # A subclassed model declares no inputs.
+        shape = (model.get_build_config() or {}).get("input_shape")
+        return shape and probe_like(tree.map_shape_structure(keras.KerasTensor, shape))
 
 
 def probe_like(inputs):

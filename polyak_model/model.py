@@ -1,17 +1,18 @@
 """PolyakModel: a model, and beside it the running average of its weights."""
 
-import contextlib
-
 import keras
 from keras import tree
 
-from polyak_model import backend, cloning, routing, rules
+from polyak_model import backend, cloning, rules
 from polyak_model.arguments import check_choice
+from polyak_model.ensemble import check_combine
+from polyak_model.routed import RoutedModel
+from polyak_model.routing import Router, check_report, check_route
 from polyak_model.shadow import Shadow
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(keras.Model):
+class PolyakModel(RoutedModel):
     """Trains a model and keeps the running average of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -88,25 +89,24 @@ class PolyakModel(keras.Model):
     ):
         _check_model(model)
         rule = rules.get(average)
-        routing.check_route("inference", inference)
-        routing.check_report(report, inference)
-        routing.check_combine(combine)
+        check_report(report, check_route("inference", inference))
+        check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
-        if clone_function is not None and not callable(clone_function):
-            raise ValueError(
-                "`clone_function` must be a function without arguments that returns a fresh "
-                f"keras.Model. Received: clone_function={clone_function!r}."
-            )
+        _check_clone_function(clone_function)
         with backend.device(device):
             clone = cloning.clone_model(model, clone_function)
-        super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
+        shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
+        super().__init__(
+            router=Router(model, shadow, combine),
+            inference=inference,
+            report=report,
+            name=name,
+            dtype=model.dtype_policy,
+            autocast=False,
+        )
         self.raw_model = model
-        self.shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
-        self.report = None if report is None else tuple(report)
+        self.shadow = shadow
         self.clone_function = clone_function
-        self._router = routing.Router(model, self.shadow, combine)
-        self._inference = inference
-        self._active = None
         self._adopted = None
         if model.built:
             self._start(cloning.probe_inputs(model))
@@ -120,22 +120,13 @@ class PolyakModel(keras.Model):
         Until averaging begins it mirrors the raw model, also after weights were
         loaded there.
         """
-        self._mirror_until_begun()
+        self.shadow.mirror_until_begun()
         return self.shadow.model
 
     @property
     def average_step(self):
         """Int: optimizer steps taken since averaging (re)started."""
         return int(self.shadow.step.numpy())
-
-    @property
-    def inference(self):
-        """The route that answers by default."""
-        return self._inference
-
-    @inference.setter
-    def inference(self, route):
-        self._inference = routing.check_route("inference", route)
 
     def update_average(self):
         """Takes one step of averaging, for training loops of your own.
@@ -269,7 +260,7 @@ class PolyakModel(keras.Model):
     def call(self, inputs, training=None):
         if training:
             return self.raw_model(inputs)
-        self._mirror_until_begun()
+        self.shadow.mirror_until_begun()
         return self._router.answer(self._routes()[0], lambda model: model(inputs))
 
     def train_step(self, data):
@@ -282,142 +273,15 @@ class PolyakModel(keras.Model):
 
     def test_step(self, data):
         self._start_on_batch(data)
-        return self._router.evaluate(self._routes(), data)
+        return super().test_step(data)
 
     def predict_step(self, data):
         self._start_on_batch(data)
-        return self._router.answer(self._routes()[0], lambda model: model.predict_step(data))
+        return super().predict_step(data)
 
     def make_train_function(self, force=False):
-        self._mirror_until_begun()
+        self.shadow.mirror_until_begun()
         return super().make_train_function(force)
-
-    def make_test_function(self, force=False):
-        self._mirror_until_begun()
-        make = super().make_test_function
-        return self._make_routed("test_function", make, force)
-
-    def make_predict_function(self, force=False):
-        self._mirror_until_begun()
-        make = super().make_predict_function
-        return self._make_routed("predict_function", make, force)
-
-    def _make_routed(self, name, make, force):
-        # One compiled function for each route, so that switching routes does not trace again.
-        functions, key = self._router.functions, (name, self._routes())
-        if force or key not in functions:
-            make(force=True)
-            functions[key] = getattr(self, name)
-        setattr(self, name, functions[key])
-        return functions[key]
-
-    def _mirror_until_begun(self):
-        if self.shadow.started and backend.runs_eagerly() and self.shadow.mirrors:
-            self.shadow.mirror()
-
-    def _routes(self):
-        return self._active or (self._inference,)
-
-    @contextlib.contextmanager
-    def _through(self, routes):
-        previous, self._active = self._active, routes
-        try:
-            yield
-        finally:
-            self._active = previous
-
-    def _reported(self, using):
-        return routing.check_report(self.report, self.inference) if using is None else self._one(using)
-
-    def _one(self, using):
-        return (self.inference if using is None else routing.check_route("using", using),)
-
-    @property
-    def metrics(self):
-        """The metrics of the raw model while training, of the answering route while evaluating."""
-        return self._router.model(self._active[0] if self._active else "raw").metrics
-
-    def reset_metrics(self):
-        for route in self._active or ("raw",):
-            self._router.model(route).reset_metrics()
-
-    def get_metrics_result(self):
-        routes = self._active or ("raw",)
-        return self._router.logs(
-            routes, [self._router.model(route).get_metrics_result() for route in routes]
-        )
-
-    def evaluate(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        verbose="auto",
-        sample_weight=None,
-        steps=None,
-        callbacks=None,
-        return_dict=False,
-        using=None,
-        **kwargs,
-    ):
-        """Evaluates through a route, or through all those of `report` in one pass.
-
-        Args:
-            x: As in `keras.Model.evaluate`, like all arguments but `using`.
-            using: `"average"`, `"raw"` or `"ensemble"`: the route for this call
-                alone, whose metrics then have plain names. Defaults to None:
-                `inference`, and beside it the routes of `report`.
-
-        Returns:
-            A list of the loss and metrics, or a dict with `return_dict=True`.
-
-        Raises:
-            ValueError: If `using` is no route, or the model is not compiled.
-        """
-        with self._through(self._reported(using)):
-            return super().evaluate(
-                x=x,
-                y=y,
-                batch_size=batch_size,
-                verbose=verbose,
-                sample_weight=sample_weight,
-                steps=steps,
-                callbacks=callbacks,
-                return_dict=return_dict,
-                **kwargs,
-            )
-
-    def predict(
-        self, x, batch_size=None, verbose="auto", steps=None, callbacks=None, using=None
-    ):
-        """Predicts through a route.
-
-        Args:
-            x: As in `keras.Model.predict`, like all arguments but `using`.
-            using: The route for this call alone. Defaults to None: `inference`.
-
-        Returns:
-            An array, or a nested structure of arrays.
-
-        Raises:
-            ValueError: If `using` is no route.
-        """
-        with self._through(self._one(using)):
-            return super().predict(
-                x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-            )
-
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False, using=None):
-        """Evaluates one batch; see `evaluate` for `using`."""
-        with self._through(self._reported(using)):
-            return super().test_on_batch(
-                x, y=y, sample_weight=sample_weight, return_dict=return_dict
-            )
-
-    def predict_on_batch(self, x, using=None):
-        """Predicts one batch; see `predict` for `using`."""
-        with self._through(self._one(using)):
-            return super().predict_on_batch(x)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -465,6 +329,15 @@ def _check_model(model):
         )
     if model.compiled:
         _refuse_second_average(model.optimizer)
+
+
+def _check_clone_function(clone_function):
+    is_function = callable(clone_function) and not isinstance(clone_function, keras.Model)
+    if clone_function is not None and not is_function:
+        raise ValueError(
+            "`clone_function` must be a function without arguments that returns a fresh "
+            f"keras.Model. Received: clone_function={clone_function!r}."
+        )
 
 
 def _refuse_second_average(optimizer):

@@ -95,10 +95,14 @@ class Shadow(keras.layers.Layer):
             )
         return (residual,)
 
-    @property
-    def mirrors(self):
-        """Whether averaging has yet to begin, so that the average is the raw weights."""
-        return int(self.step.numpy()) <= self.rule.start_step
+    def mirror_until_begun(self):
+        """Mirrors the raw weights if averaging has yet to begin.
+
+        They may have been loaded or assigned since. Inside a trace it does
+        nothing.
+        """
+        if self.started and backend.runs_eagerly() and int(self.step) <= self.rule.start_step:
+            self.mirror()
 
     def mirror(self):
         """Makes the average a copy of the raw weights, bit for bit."""

@@ -99,7 +99,9 @@ def may_skip_steps(model):
 
 def _optimizers(model):
     # A model with a training step of its own may hold several, under names of its own.
-    return [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
+    return [
+        value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)
+    ]
 
 
 def runs_eagerly():
@@ -152,9 +154,7 @@ def score(model, x, y, sample_weight, outputs):
     Returns:
         The logs, a dict.
     """
-    loss = model.compute_loss(
-        x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False
-    )
+    loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False)
     batch_size = tf.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
     model._loss_tracker.update_state(loss, sample_weight=batch_size)
     return model.compute_metrics(x, y, outputs, sample_weight=sample_weight)

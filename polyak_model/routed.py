@@ -1,0 +1,162 @@
+"""A model whose evaluation and predictions go through a route."""
+
+import contextlib
+
+import keras
+
+from polyak_model import routing
+
+
+class RoutedModel(keras.Model):
+    """Answers `evaluate` and `predict` through the average, the raw model or both.
+
+    Args:
+        router: The `Router` that knows the models of each route.
+        inference: The default route.
+        report: Routes that `evaluate` reports in one pass, or None for
+            `inference` alone.
+        **kwargs: Arguments of `keras.Model`.
+    """
+
+    def __init__(self, router, inference, report, **kwargs):
+        super().__init__(**kwargs)
+        self._router = router
+        self._inference = inference
+        self.report = None if report is None else tuple(report)
+        # The routes of the call under way; outside `evaluate` and `predict` there are none.
+        self._active = None
+
+    @property
+    def inference(self):
+        """The route that answers by default."""
+        return self._inference
+
+    @inference.setter
+    def inference(self, route):
+        self._inference = routing.check_route("inference", route)
+
+    def test_step(self, data):
+        return self._router.evaluate(self._routes(), data)
+
+    def predict_step(self, data):
+        return self._router.answer(self._routes()[0], lambda model: model.predict_step(data))
+
+    def make_test_function(self, force=False):
+        return self._make_routed("test_function", super().make_test_function, force)
+
+    def make_predict_function(self, force=False):
+        return self._make_routed("predict_function", super().make_predict_function, force)
+
+    def _make_routed(self, name, make, force):
+        # One compiled function for each route, so that switching routes does not trace again.
+        functions, key = self._router.functions, (name, self._routes())
+        if force or key not in functions:
+            make(force=True)
+            functions[key] = getattr(self, name)
+        setattr(self, name, functions[key])
+        return functions[key]
+
+    def _routes(self):
+        return self._active or (self._inference,)
+
+    @contextlib.contextmanager
+    def _through(self, routes):
+        self._router.shadow.mirror_until_begun()
+        previous, self._active = self._active, routes
+        try:
+            yield
+        finally:
+            self._active = previous
+
+    def _reported(self, using):
+        if using is None:
+            return routing.check_report(self.report, self.inference)
+        return self._answering(using)
+
+    def _answering(self, using):
+        return (self.inference if using is None else routing.check_route("using", using),)
+
+    @property
+    def metrics(self):
+        """The metrics of the raw model while training, of the answering route while evaluating."""
+        return self._router.model(self._active[0] if self._active else "raw").metrics
+
+    def reset_metrics(self):
+        for route in self._active or ("raw",):
+            self._router.model(route).reset_metrics()
+
+    def get_metrics_result(self):
+        routes = self._active or ("raw",)
+        return self._router.logs(
+            routes, [self._router.model(route).get_metrics_result() for route in routes]
+        )
+
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        steps=None,
+        callbacks=None,
+        return_dict=False,
+        using=None,
+        **kwargs,
+    ):
+        """Evaluates through a route, or through all those of `report` in one pass.
+
+        Args:
+            x: As in `keras.Model.evaluate`, like all arguments but `using`.
+            using: `"average"`, `"raw"` or `"ensemble"`: the route for this call
+                alone, whose metrics then have plain names. Defaults to None:
+                `inference`, and beside it the routes of `report`.
+
+        Returns:
+            A list of the loss and metrics, or a dict with `return_dict=True`.
+
+        Raises:
+            ValueError: If `using` is no route, or the model is not compiled.
+        """
+        with self._through(self._reported(using)):
+            return super().evaluate(
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                verbose=verbose,
+                sample_weight=sample_weight,
+                steps=steps,
+                callbacks=callbacks,
+                return_dict=return_dict,
+                **kwargs,
+            )
+
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None, using=None):
+        """Predicts through a route.
+
+        Args:
+            x: As in `keras.Model.predict`, like all arguments but `using`.
+            using: The route for this call alone. Defaults to None: `inference`.
+
+        Returns:
+            An array, or a nested structure of arrays.
+
+        Raises:
+            ValueError: If `using` is no route.
+        """
+        with self._through(self._answering(using)):
+            return super().predict(
+                x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+            )
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False, using=None):
+        """Evaluates one batch; see `evaluate` for `using`."""
+        with self._through(self._reported(using)):
+            return super().test_on_batch(
+                x, y=y, sample_weight=sample_weight, return_dict=return_dict
+            )
+
+    def predict_on_batch(self, x, using=None):
+        """Predicts one batch; see `predict` for `using`."""
+        with self._through(self._answering(using)):
+            return super().predict_on_batch(x)

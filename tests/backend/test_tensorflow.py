@@ -1,0 +1,96 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from models import compile_classifier, make_classifier
+
+from polyak_model import backend
+
+# TensorFlow's kernels flush subnormal numbers to zero.
+FLOATS = st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=4, max_size=4)
+
+
+def variables(*values, dtype="float32"):
+    return tuple(keras.Variable(np.array(value, dtype)) for value in values)
+
+
+@given(average=FLOATS, iterate=FLOATS)
+def test_a_weight_of_one_is_the_iterate_and_of_zero_the_average_bit_for_bit(average, iterate):
+    for weight, expected in ((1.0, iterate), (0.0, average)):
+        a, w = variables(average, iterate)
+        backend.move([(a, w)], tf.constant(weight, "float64"))
+        np.testing.assert_array_equal(a.numpy(), np.array(expected, "float32"))
+
+
+@given(average=FLOATS, iterate=FLOATS, weight=st.floats(0, 1))
+def test_compensation_keeps_the_sum_of_average_and_residual_exact(average, iterate, weight):
+    a, w, r = variables(average, iterate, np.zeros(4))
+    c = np.float64(np.float32(weight))
+    expected = np.array(average, "float32") + c * (
+        np.float64(np.array(iterate, "float32")) - np.array(average, "float32")
+    )
+    backend.move_compensated([(a, w, r)], tf.constant(weight, "float64"))
+    received = a.numpy().astype("float64") + r.numpy()
+    scale = max(np.abs(average).max(), np.abs(iterate).max(), 1e-30)
+    assert np.abs(received - expected).max() <= 2.5e-7 * scale
+
+
+def test_an_infinite_iterate_is_copied_by_a_weight_of_one():
+    a, w = variables([1.0], [np.inf])
+    backend.move([(a, w)], tf.constant(1.0, "float64"))
+    assert np.isinf(a.numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_assignment_copies_where_the_weight_is_positive(dtype):
+    for weight, expected in ((0.0, [0]), (0.3, [1])):
+        target, source = variables([0], [1], dtype=dtype)
+        backend.assign([(target, source)], tf.constant(weight, "float64"))
+        np.testing.assert_array_equal(target.numpy(), np.array(expected, dtype))
+
+
+def test_a_function_is_called_when_its_condition_holds():
+    (counter,) = variables(0.0)
+    traced = tf.function(lambda c: backend.when(c, lambda: counter.assign_add(1.0)))
+    for condition in (True, False, True):
+        traced(tf.constant(condition))
+        backend.when(condition, lambda: counter.assign_add(10.0))
+    assert float(counter) == 22
+
+
+def test_steps_of_all_optimizers_of_a_model_count():
+    class TwoPlayers(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.optimizers.SGD()
+            self.second = keras.optimizers.Adam()
+
+    model = TwoPlayers()
+    (weight,) = variables([1.0])
+    assert int(backend.optimizer_step(model)) == 0
+    model.first.apply([tf.constant([0.1])], [weight])
+    model.second.apply([tf.constant([0.1])], [weight])
+    assert int(backend.optimizer_step(model)) == 2
+    assert not backend.may_skip_steps(model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "may_skip"),
+    [
+        (keras.optimizers.SGD, False),
+        (lambda: keras.optimizers.SGD(gradient_accumulation_steps=2), True),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), True),
+    ],
+)
+def test_accumulation_and_loss_scaling_may_skip_steps(optimizer, may_skip):
+    model = compile_classifier(make_classifier(), optimizer())
+    assert backend.may_skip_steps(model) is may_skip
+
+
+def test_symbolic_inputs_have_the_shapes_and_dtypes_of_the_batch():
+    symbolic = backend.symbolic({"a": tf.zeros((2, 3)), "b": [tf.constant(["x"])], "c": None})
+    assert (symbolic["a"].shape, symbolic["a"].dtype) == ((2, 3), "float32")
+    assert symbolic["b"][0].dtype == "string"
+    assert symbolic["c"] is None

@@ -1,0 +1,34 @@
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import pytest
+
+MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    """Each test starts with the same seed, names and dtype policy, whatever ran before it."""
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(policy)
+
+
+@pytest.fixture(params=list(MODES))
+def mode(request):
+    """Arguments of `compile` for eager, graph and XLA execution."""
+    return MODES[request.param]
+
+
+@pytest.fixture
+def batches():
+    """Sixteen batches of four examples with integer labels."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(64, 6)).astype("float32")
+    return x, generator.integers(0, 3, size=64)

@@ -1,0 +1,219 @@
+import random
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from models import LazyClassifier, compile_classifier, make_classifier
+
+from polyak_model import PolyakModel, cloning
+
+
+def make_functional():
+    inputs = {"a": keras.Input((4,), name="a"), "b": keras.Input((4,), name="b")}
+    shared = layers.Dense(4, name="shared")
+    joined = layers.Concatenate()([shared(inputs["a"]), shared(inputs["b"])])
+    return keras.Model(inputs, [layers.Dense(2)(joined), layers.Dense(1)(joined)])
+
+
+def make_built_subclass():
+    model = LazyClassifier()
+    model(np.ones((2, 6), "float32"))
+    return model
+
+
+MAKERS = pytest.mark.parametrize(
+    "make",
+    [make_classifier, make_functional, make_built_subclass, LazyClassifier],
+    ids=["sequential", "functional", "subclass", "unbuilt"],
+)
+
+
+@MAKERS
+def test_a_clone_shares_no_variable_and_has_the_same_architecture(make):
+    model = make()
+    clone = cloning.clone_model(model)
+    assert type(clone) is type(model)
+    assert clone.built is model.built
+    assert not {id(v) for v in model.variables} & {id(v) for v in clone.variables}
+    assert len(cloning.pair_weights(model, clone)) == len(model.weights)
+
+
+@MAKERS
+def test_cloning_leaves_the_model_and_pythons_random_state_alone(make):
+    model = make()
+    weights, state = model.get_weights(), random.getstate()
+    cloning.clone_model(model)
+    assert random.getstate() == state
+    assert len(weights) == len(model.weights)
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_clone_of_a_compiled_model_carries_no_optimizer():
+    inner = compile_classifier(keras.Sequential([keras.Input((6,)), make_classifier()]))
+    compile_classifier(inner.layers[0])
+    clone = cloning.clone_model(inner)
+    assert not clone.compiled
+    assert not clone.layers[0].compiled
+
+
+def test_a_clone_keeps_the_frozen_state_of_each_layer():
+    model = make_classifier()
+    model.layers[0].trainable = False
+    assert [layer.trainable for layer in cloning.clone_model(model).layers] == [
+        layer.trainable for layer in model.layers
+    ]
+
+
+def test_an_adapted_normalization_answers_alike_in_the_clone():
+    normalization = layers.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(5, 2, size=(50, 3)))
+    inner = keras.Sequential([keras.Input((3,)), normalization, layers.Dense(1)])
+    x = np.ones((2, 3), "float32")
+    model = PolyakModel(inner)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), inner.predict(x, verbose=0))
+
+
+def test_a_model_that_draws_at_inference_is_compared_with_equal_seeds():
+    class Noisy(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.generator = keras.random.SeedGenerator()
+
+        def call(self, inputs):
+            return inputs + keras.random.normal(keras.ops.shape(inputs), seed=self.generator)
+
+    inner = keras.Sequential([keras.Input((3,)), Noisy(), layers.Dense(1)])
+    seed = inner.layers[0].generator.state.numpy()
+    PolyakModel(inner)
+    np.testing.assert_array_equal(inner.layers[0].generator.state.numpy(), seed)
+
+
+class HiddenState(layers.Layer):
+    """Holds state that neither its weights nor its config show."""
+
+    offset = 0.0
+
+    def call(self, inputs):
+        return inputs + self.offset
+
+
+def make_hidden(offset=2.0):
+    model = keras.Sequential([keras.Input((3,)), HiddenState(), layers.Dense(2)])
+    model.layers[0].offset = offset
+    return model
+
+
+def test_a_clone_that_answers_otherwise_is_refused():
+    with pytest.raises(ValueError, match="same weights but other outputs.*Pass `clone_function`"):
+        PolyakModel(make_hidden())
+
+
+def test_a_clone_function_carries_state_that_keras_cannot_see():
+    model = PolyakModel(make_hidden(), clone_function=make_hidden)
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), model.raw_model.predict(x, verbose=0)
+    )
+
+
+class WithoutConfig(keras.Model):
+    def __init__(self, width):
+        super().__init__()
+        self.dense = layers.Dense(width)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_a_model_keras_cannot_clone_is_refused_with_the_way_out():
+    class Unclonable(WithoutConfig):
+        def get_config(self):
+            raise NotImplementedError("no config here")
+
+    with pytest.raises(ValueError, match="Unclonable: no config here\n.*`clone_function`"):
+        PolyakModel(Unclonable(3))
+
+
+def test_a_clone_function_serves_a_model_keras_cannot_clone():
+    class Unclonable(WithoutConfig):
+        def get_config(self):
+            raise NotImplementedError("no config here")
+
+    model = PolyakModel(Unclonable(3), clone_function=lambda: Unclonable(3))
+    x = np.ones((2, 4), "float32")
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), model.raw_model.predict(x, verbose=0)
+    )
+
+
+def test_a_clone_function_that_shares_variables_is_refused_by_name():
+    inner = make_classifier()
+    path = inner.layers[0].kernel.path
+    with pytest.raises(ValueError, match=f"shares the variable '{path}'"):
+        PolyakModel(inner, clone_function=lambda: inner)
+
+
+def test_a_clone_function_that_shares_a_layer_is_refused_by_name():
+    inner = make_classifier()
+    first = inner.layers[0]
+    with pytest.raises(ValueError, match=f"shares the variable '{first.bias.path}|kernel"):
+        PolyakModel(inner, clone_function=lambda: keras.Sequential([keras.Input((6,)), first]))
+
+
+def test_a_clone_function_of_another_shape_is_refused_by_the_first_variable_that_differs():
+    def make(width):
+        return keras.Sequential(
+            [keras.Input((6,)), layers.Dense(4, name="one"), layers.Dense(width, name="two")]
+        )
+
+    with pytest.raises(
+        ValueError, match=r"differs is '.*two/kernel' of shape \(4, 3\).*Received in the clone: "
+    ):
+        PolyakModel(make(3), clone_function=lambda: make(2))
+
+
+def test_a_clone_function_of_fewer_layers_is_refused_by_the_variable_left_over():
+    def make(depth):
+        return keras.Sequential(
+            [keras.Input((6,)), *(layers.Dense(6, name=f"layer_{i}") for i in range(depth))]
+        )
+
+    with pytest.raises(ValueError, match="without a partner is '.*layer_2/kernel'"):
+        PolyakModel(make(3), clone_function=lambda: make(2))
+
+
+def test_a_clone_function_that_returns_no_model_is_refused():
+    with pytest.raises(TypeError, match="`clone_function` must return a keras.Model.*Received: 3"):
+        PolyakModel(make_classifier(), clone_function=lambda: 3)
+
+
+def test_a_clone_function_that_cannot_be_called_is_refused():
+    with pytest.raises(ValueError, match="`clone_function` must be a function without arguments"):
+        PolyakModel(make_classifier(), clone_function=make_classifier())
+
+
+def test_a_clone_function_may_leave_out_layers_without_weights():
+    def without_dropout():
+        kept = [layer for layer in make_classifier().layers if "dropout" not in layer.name]
+        return keras.Sequential([keras.Input((6,)), *kept])
+
+    inner = make_classifier()
+    x = np.ones((2, 6), "float32")
+    model = PolyakModel(inner, clone_function=without_dropout)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), inner.predict(x, verbose=0))
+
+
+def test_a_lambda_layer_is_cloned():
+    inner = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: 2 * x), layers.Dense(1)])
+    assert PolyakModel(inner).average_step == 0
+
+
+def test_a_lambda_layer_whose_clone_fails_is_refused_with_the_way_out():
+    def make():
+        return keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: keras.ops.relu(x))])
+
+    with pytest.raises(ValueError, match="its clone fails.*\n(.*\n)*.*Pass `clone_function`"):
+        PolyakModel(make())
+    assert PolyakModel(make(), clone_function=make).average_step == 0

@@ -1,0 +1,402 @@
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier, trained
+
+from polyak_model import ExponentialAverage, PolyakModel, PowerAverage, UniformAverage
+
+ROUTES = ("average", "raw", "ensemble")
+
+
+def assert_same_weights(one, other):
+    assert len(one.weights) == len(other.weights) > 0
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Wrapping and compiling
+
+
+def test_a_model_compiled_before_wrapping_fits_without_compiling_again(batches):
+    model = PolyakModel(compile_classifier(make_classifier()))
+    history = model.fit(*batches, verbose=0, validation_data=batches).history
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+
+
+def test_a_model_compiled_through_the_wrapper_is_compiled_itself(batches):
+    model = compile_classifier(PolyakModel(make_classifier()))
+    assert model.raw_model.optimizer is model.optimizer
+    model.fit(*batches, verbose=0)
+    assert len(model.raw_model.evaluate(*batches, verbose=0)) == 2
+
+
+def test_a_raw_model_compiled_after_wrapping_is_noticed(batches):
+    model = PolyakModel(make_classifier())
+    compile_classifier(model.raw_model)
+    model.fit(*batches, verbose=0)
+    model.raw_model.compile(keras.optimizers.SGD(0.5), CROSSENTROPY)
+    model.fit(*batches, verbose=0)
+    assert isinstance(model.optimizer, keras.optimizers.SGD)
+    logs = model.evaluate(*batches, verbose=0, return_dict=True)
+    assert logs.keys() == model.raw_model.evaluate(*batches, verbose=0, return_dict=True).keys()
+
+
+def test_the_average_model_can_be_evaluated_by_itself(batches):
+    model = trained(batches)
+    model.raw_model.layers[0].kernel.regularizer = None
+    model.compile("adam", CROSSENTROPY, metrics=["accuracy"])
+    average = model.average_model
+    average.layers[0].kernel.regularizer = None
+    assert average.evaluate(*batches, verbose=0) == model.evaluate(*batches, verbose=0)
+
+
+def test_the_wrapper_is_built_by_an_input_shape():
+    model = PolyakModel(LazyClassifier())
+    model.build((None, 6))
+    assert model.built
+    assert_same_weights(model.raw_model, model.average_model)
+
+
+def test_calls_train_the_raw_model_and_ask_the_route_otherwise(batches):
+    model = trained(batches)
+    x = batches[0]
+    for route, expected in (("raw", model.raw_model), ("average", model.average_model)):
+        model.inference = route
+        np.testing.assert_array_equal(model(x, training=False), expected(x, training=False))
+    before = model.raw_model.layers[1].moving_mean.numpy()
+    model(x, training=True)
+    assert not np.array_equal(before, model.raw_model.layers[1].moving_mean.numpy())
+
+
+# The average between and beside fits
+
+
+def test_reset_forgets_the_past(batches):
+    model = trained(batches, average=UniformAverage())
+    model.reset_average()
+    assert model.average_step == 0
+    assert_same_weights(model.raw_model, model.average_model)
+    model.fit(*batches, batch_size=64, verbose=0)
+    assert model.average_step == 1
+    assert_same_weights(model.raw_model, model.average_model)
+
+
+def test_apply_copies_the_average_into_the_raw_model(batches):
+    model = trained(batches)
+    average = model.average_model.get_weights()
+    model.apply_average()
+    assert_same_weights(model.raw_model, model.average_model)
+    np.testing.assert_array_equal(model.raw_model.get_weights()[0], average[0])
+    assert model.average_step == 16
+
+
+def test_a_training_loop_of_ones_own_updates_inside_a_function(batches, mode):
+    model = PolyakModel(make_classifier(), UniformAverage())
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.raw_model.trainable_variables)
+    x, y = (tf.constant(array) for array in batches)
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(
+                keras.losses.sparse_categorical_crossentropy(y, model(x, training=True))
+            )
+        weights = model.raw_model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        model.update_average()
+
+    if not mode.get("run_eagerly"):
+        step = tf.function(step, jit_compile=mode.get("jit_compile", False))
+    kernels = []
+    for _ in range(5):
+        step()
+        kernels.append(model.raw_model.weights[0].numpy().astype("float64"))
+    assert model.average_step == 5
+    np.testing.assert_allclose(
+        model.average_model.weights[0].numpy(), np.mean(kernels, axis=0), rtol=0, atol=2e-7
+    )
+
+
+def test_statistics_are_averaged_or_copied(batches):
+    averaged, copied = trained(batches), trained(batches, non_trainable="copy")
+    norm = averaged.average_model.layers[1], averaged.raw_model.layers[1]
+    assert not np.array_equal(norm[0].moving_mean, norm[1].moving_mean)
+    norm = copied.average_model.layers[1], copied.raw_model.layers[1]
+    np.testing.assert_array_equal(norm[0].moving_mean, norm[1].moving_mean)
+    np.testing.assert_array_equal(norm[0].moving_variance, norm[1].moving_variance)
+    assert not np.array_equal(norm[0].gamma, norm[1].gamma)
+
+
+def test_a_frozen_weight_is_averaged_once_it_is_unfrozen_even_where_statistics_are_copied(batches):
+    inner = make_classifier()
+    inner.layers[0].trainable = False
+    model = PolyakModel(inner, non_trainable="copy")
+    inner.layers[0].trainable = True
+    compile_classifier(model)
+    model.fit(*batches, batch_size=4, verbose=0)
+    assert not np.array_equal(inner.get_weights()[0], model.average_model.get_weights()[0])
+
+
+def test_the_average_lives_on_the_device_that_was_asked_for(batches):
+    model = trained(batches, device="CPU:0", compensated=True)
+    variables = [*model.average_model.weights, *model.shadow.weights]
+    assert len(variables) > 16
+    assert all(v.value.device.endswith("CPU:0") for v in variables)
+
+
+def test_early_stopping_restores_the_weights_and_the_average_that_had_the_score(batches):
+    model = PolyakModel(compile_classifier(make_classifier(), keras.optimizers.SGD(0.5)), 0.5)
+    stop = keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True)
+    history = model.fit(
+        *batches, epochs=30, verbose=0, validation_data=batches, callbacks=[stop]
+    ).history["val_loss"]
+    assert model.evaluate(*batches, verbose=0)[0] == pytest.approx(min(history), rel=1e-6)
+    assert model.average_step == 2 * (1 + int(np.argmin(history)))
+
+
+def test_a_checkpoint_may_monitor_another_route(batches, tmp_path):
+    path = tmp_path / "best.keras"
+    model = PolyakModel(compile_classifier(make_classifier()), report=ROUTES)
+    best = keras.callbacks.ModelCheckpoint(
+        path, monitor="val_raw_loss", mode="min", save_best_only=True
+    )
+    history = model.fit(
+        *batches, epochs=2, verbose=0, validation_data=batches, callbacks=[best]
+    ).history
+    assert {"val_loss", "val_raw_loss", "val_ensemble_accuracy"} <= set(history)
+    loaded = keras.models.load_model(path)
+    assert loaded.evaluate(*batches, verbose=0, using="raw")[0] == pytest.approx(
+        min(history["val_raw_loss"]), rel=1e-6
+    )
+
+
+# Saving
+
+
+def make_without_dropout():
+    """Keras saves no state of dropout, so a loaded model with it would train on otherwise."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, activation="relu", kernel_regularizer="l2"),
+            layers.BatchNormalization(momentum=0.9),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+
+
+SAVED = {
+    "decay": {"average": 0.9},
+    "rule": {"average": PowerAverage(3, start_step=2, update_every=3), "non_trainable": "copy"},
+    "compensated": {"average": UniformAverage(), "compensated": True, "report": ROUTES},
+    "ensemble": {"average": 0.5, "inference": "ensemble", "combine": "mean", "device": "CPU:0"},
+}
+
+
+@pytest.mark.parametrize("arguments", SAVED.values(), ids=SAVED)
+@pytest.mark.parametrize("make", [make_without_dropout, LazyClassifier])
+def test_a_saved_wrapper_loads_and_continues_as_if_it_had_never_stopped(
+    make, arguments, batches, tmp_path
+):
+    model = PolyakModel(compile_classifier(make()), **arguments)
+    model.fit(*batches, batch_size=4, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.average_step == 16
+    assert loaded.shadow.rule == model.shadow.rule
+    assert_same_weights(model, loaded)
+    for each in (model, loaded):
+        each.fit(*batches, batch_size=4, verbose=0, shuffle=False)
+    assert_same_weights(model, loaded)
+    assert model.evaluate(*batches, verbose=0) == loaded.evaluate(*batches, verbose=0)
+
+
+def test_weights_files_restore_weights_average_and_step(batches, tmp_path):
+    model = trained(batches, compensated=True)
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = PolyakModel(compile_classifier(make_classifier(seed=2)), 0.9, compensated=True)
+    fresh.optimizer.build(fresh.trainable_variables)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    assert fresh.average_step == 16
+    assert_same_weights(model, fresh)
+    for one, other in zip(model.optimizer.variables, fresh.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert_same_weights(model.average_model, fresh.average_model)
+
+
+def test_loading_without_compiling_leaves_the_losses_alone(batches, tmp_path):
+    def loss_of_ones_own(y, p):
+        return keras.losses.sparse_categorical_crossentropy(y, p)
+
+    inner = make_classifier()
+    inner.compile("sgd", loss_of_ones_own)
+    model = PolyakModel(inner)
+    model.fit(*batches, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert not loaded.compiled
+    assert_same_weights(model.average_model, loaded.average_model)
+
+
+def test_the_saved_average_is_a_plain_model_that_can_be_trained_further(batches, tmp_path):
+    model = trained(batches)
+    model.average_model.save(tmp_path / "average.keras")
+    loaded = keras.models.load_model(tmp_path / "average.keras")
+    assert type(loaded) is keras.Sequential
+    assert len(loaded.trainable_weights) == 6
+    assert loaded.evaluate(*batches, verbose=0) == model.evaluate(*batches, verbose=0)
+
+
+def test_the_saved_average_loads_where_this_package_cannot_be_imported(batches, tmp_path):
+    model = trained(batches)
+    model.average_model.save(tmp_path / "average.keras")
+    np.save(tmp_path / "x.npy", batches[0])
+    script = """
+import sys
+sys.modules["polyak_model"] = None
+import keras, numpy as np
+model = keras.models.load_model("average.keras")
+np.save("predicted.npy", model.predict(np.load("x.npy"), verbose=0))
+try:
+    import polyak_model
+except ImportError:
+    print("not importable")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("not importable")
+    np.testing.assert_allclose(
+        np.load(tmp_path / "predicted.npy"), model.predict(batches[0], verbose=0), rtol=1e-6
+    )
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def last(outputs):
+    return outputs[-1]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def make_small():
+    return keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+
+
+def test_every_constructor_argument_goes_through_the_config():
+    arguments = {
+        "average": ExponentialAverage(0.5, debias=False),
+        "inference": "ensemble",
+        "report": ("raw", "average"),
+        "combine": last,
+        "non_trainable": "copy",
+        "compensated": True,
+        "device": "CPU:0",
+        "clone_function": make_small,
+        "name": "wrapped",
+    }
+    model = PolyakModel(make_small(), **arguments)
+    config = model.get_config()
+    assert set(config) == {"model", *arguments}
+    loaded = PolyakModel.from_config(config)
+    assert loaded.get_config() == config
+    assert loaded.shadow.rule == arguments["average"]
+    assert loaded.clone_function is make_small
+    assert (loaded.name, loaded.inference, loaded.report) == (
+        "wrapped",
+        "ensemble",
+        ("raw", "average"),
+    )
+    np.testing.assert_array_equal(loaded(np.ones((1, 2))), loaded.average_model(np.ones((1, 2))))
+
+
+# Bad input
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="`model` must be a keras.Model. Received: model='net'"):
+        PolyakModel("net")
+
+
+def test_a_class_in_place_of_a_model_is_refused():
+    with pytest.raises(TypeError, match=r"Received: the class LazyClassifier. Pass an instance"):
+        PolyakModel(LazyClassifier)
+
+
+def test_wrapping_a_wrapper_is_refused():
+    model = PolyakModel(make_small(), name="inside")
+    with pytest.raises(TypeError, match=r"'inside'.*Wrap model.raw_model instead"):
+        PolyakModel(model)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("average", 1.0, "`decay` must be a number in"),
+        ("inference", "mean", "`inference` must be one of 'average', 'raw', 'ensemble'"),
+        ("report", ("raw", "ema"), "`report` must be one of .* Received: report='ema'"),
+        ("report", "raw", r"write report=\('raw',\)"),
+        ("combine", "median", "`combine` must be 'mean', 'softmax' or a callable"),
+        ("non_trainable", "skip", "`non_trainable` must be one of 'average', 'copy'"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused(argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        PolyakModel(make_small(), **{argument: value})
+
+
+def test_an_unknown_route_is_refused_wherever_it_is_named(batches):
+    model = trained(batches)
+    x, y = batches
+    for call in (
+        lambda: model.predict(x, using="best"),
+        lambda: model.evaluate(x, y, using="best"),
+        lambda: model.predict_on_batch(x, using="best"),
+        lambda: model.test_on_batch(x, y, using="best"),
+    ):
+        with pytest.raises(ValueError, match="`using` must be one of.*Received: using='best'"):
+            call()
+    with pytest.raises(ValueError, match="`inference` must be one of"):
+        model.inference = "best"
+    assert model.inference == "average"
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch"])
+def test_training_before_compiling_is_refused(method, batches):
+    model = PolyakModel(make_classifier())
+    with pytest.raises(ValueError, match=rf"`{method}\(\)` needs a compiled model.*model.compile"):
+        getattr(model, method)(*batches)
+
+
+@pytest.mark.parametrize("method", ["update_average", "reset_average", "apply_average"])
+def test_averaging_before_building_is_refused(method):
+    model = PolyakModel(LazyClassifier())
+    with pytest.raises(ValueError, match=rf"`{method}\(\)` needs weights.*model.build"):
+        getattr(model, method)()
+
+
+def test_an_optimizer_that_averages_is_refused_before_anything_changes():
+    optimizer = keras.optimizers.Adam(use_ema=True, ema_momentum=0.95)
+    message = r"Adam\(use_ema=True, ema_momentum=0.95\). Remove use_ema=True .* or keep the opt"
+    model = PolyakModel(make_classifier())
+    with pytest.raises(ValueError, match=message):
+        model.compile(optimizer, CROSSENTROPY)
+    assert not model.compiled
+    assert not model.raw_model.compiled
+    with pytest.raises(ValueError, match=message):
+        PolyakModel(compile_classifier(make_classifier(), optimizer))
+    with pytest.raises(ValueError, match=message):
+        model.compile(keras.optimizers.LossScaleOptimizer(optimizer), CROSSENTROPY)
+
+
+def test_a_metric_that_cannot_be_copied_is_refused_by_name():
+    class Opaque(keras.metrics.Mean):
+        def __init__(self, scale):
+            super().__init__(name="opaque")
+
+    model = PolyakModel(make_classifier())
+    with pytest.raises(ValueError, match="'opaque' of class Opaque cannot be copied"):
+        model.compile("sgd", CROSSENTROPY, metrics=[Opaque(2)])

@@ -1,0 +1,94 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from models import LazyClassifier, make_classifier
+
+from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
+
+
+def make_walker(rule, **kwargs):
+    inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
+    return PolyakModel(inner, rule, **kwargs)
+
+
+def walk(model, values):
+    for value in values:
+        model.raw_model.set_weights([np.full((2, 1), value, "float32")])
+        model.update_average()
+
+
+def read(model):
+    return float(model.shadow.model.get_weights()[0][0, 0])
+
+
+def test_an_average_that_is_not_due_stays():
+    model = make_walker(UniformAverage(update_every=3))
+    start = read(model)
+    walk(model, [1, 2])
+    assert read(model) == start
+    walk(model, [3])
+    assert read(model) == 3
+
+
+def test_the_average_mirrors_bit_for_bit_until_the_start_step():
+    model = make_walker(UniformAverage(start_step=4))
+    for value in (1e-8, 1e8, np.float32(0.1), -7):
+        walk(model, [value])
+        assert read(model) == np.float32(value)
+
+
+def test_a_step_that_was_not_taken_leaves_average_and_count():
+    for rule in (UniformAverage(), UniformAverage(update_every=2)):
+        model = make_walker(rule)
+        walk(model, [1, 2])
+        before = read(model)
+        model.raw_model.set_weights([np.full((2, 1), 9, "float32")])
+        model.shadow.update(stepped=False)
+        model.shadow.update(stepped=tf.constant(False), may_skip=True)
+        assert read(model) == before
+        assert model.average_step == 2
+
+
+def test_a_step_that_makes_the_weights_infinite_but_is_not_taken_leaves_the_average():
+    model = make_walker(UniformAverage(update_every=2))
+    walk(model, [1, 2])
+    model.raw_model.set_weights([np.full((2, 1), np.inf, "float32")])
+    model.shadow.update(stepped=False, may_skip=True)
+    assert read(model) == 2
+
+
+def test_compensation_keeps_a_slow_average_from_stalling():
+    def gap(compensated):
+        model = make_walker(ExponentialAverage(0.9999, debias=False), compensated=compensated)
+        model.raw_model.set_weights([np.ones((2, 1), "float32")])
+        model.reset_average()
+        model.raw_model.set_weights([np.full((2, 1), 1.001, "float32")])
+        update = tf.function(lambda: [model.update_average() for _ in range(100)])
+        for _ in range(300):
+            update()
+        expected = 1.001 - 0.001 * 0.9999**30_000
+        return abs(read(model) - expected)
+
+    assert gap(compensated=True) < 1.2e-7
+    assert gap(compensated=False) > 1e-4
+
+
+def test_reset_forgets_the_residuals():
+    model = make_walker(UniformAverage(), compensated=True)
+    walk(model, [0.1, 0.2, 0.7])
+    assert any(
+        np.any(weight.numpy()) for weight in model.shadow.weights if "residual" in weight.name
+    )
+    model.reset_average()
+    residuals = [weight for weight in model.shadow.weights if "residual" in weight.name]
+    assert len(residuals) == 1
+    assert not residuals[0].numpy().any()
+
+
+def test_a_shadow_starts_only_with_a_model_of_its_architecture():
+    model = PolyakModel(LazyClassifier())
+    other = make_classifier()
+    with pytest.raises(ValueError, match="must have the architecture"):
+        model.shadow.start(other)
+    assert not model.shadow.started
