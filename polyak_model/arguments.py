@@ -4,6 +4,10 @@ import math
 import numbers
 
 
+class InputError(ValueError):
+    """Input of a command that cannot be used; its message is one line and says how to mend it."""
+
+
 def is_number(value):
     """Tells whether `value` is a real number; a bool is none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -1,0 +1,8 @@
+"""`python -m polyak_model` is the command `polyak-model`."""
+
+import sys
+
+from polyak_model.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
