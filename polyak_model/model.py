@@ -45,8 +45,9 @@ class PolyakModel(RoutedModel):
         compensated: Bool. Whether to carry the rounding error of the average
             along (Kahan), for slow averages; takes as much memory again as the
             average. Defaults to False.
-        device: Where the average lives, e.g. `"CPU:0"`. Defaults to None:
-            beside the raw weights.
+        device: Where the average lives, e.g. `"CPU:0"`; the training step is
+            then compiled without XLA, which cannot reach across devices.
+            Defaults to None: beside the raw weights.
         clone_function: `() -> keras.Model`, a fresh model of the same
             architecture, for a model Keras cannot clone. Defaults to None.
         name: Name of the wrapper.
@@ -108,7 +109,8 @@ class PolyakModel(RoutedModel):
         self.shadow = shadow
         self.clone_function = clone_function
         self._adopted = None
-        if model.built:
+        # Keras calls a subclassed model built after `build`, though its layers have no weights yet.
+        if model.built and model.weights:
             self._start(cloning.probe_inputs(model))
         if model.compiled:
             self._adopt_compilation()
@@ -190,7 +192,8 @@ class PolyakModel(RoutedModel):
             optimizer=raw.optimizer,
             run_eagerly=raw.run_eagerly,
             steps_per_execution=raw.steps_per_execution,
-            jit_compile=raw.jit_compile,
+            # XLA cannot compile a step that reaches across devices.
+            jit_compile=raw.jit_compile and self.shadow.device is None,
             auto_scale_loss=False,
         )
         self.loss = raw.loss
@@ -225,9 +228,10 @@ class PolyakModel(RoutedModel):
     def _start_on(self, inputs):
         if self.shadow.started:
             return
-        for model in (self.raw_model, self.shadow.model):
-            if not model.built:
-                model(inputs)
+        for model, device in ((self.raw_model, None), (self.shadow.model, self.shadow.device)):
+            if not (model.built and model.weights):
+                with backend.device(device):
+                    model(inputs)
         self._start(cloning.probe_like(inputs))
 
     def _start(self, probe):
@@ -268,6 +272,7 @@ class PolyakModel(RoutedModel):
         before = backend.optimizer_step(self.raw_model)
         logs = self.raw_model.train_step(data)
         stepped = backend.optimizer_step(self.raw_model) > before
+        self.shadow.check_complete(self.raw_model)
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
 

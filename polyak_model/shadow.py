@@ -42,9 +42,10 @@ class Shadow(keras.layers.Layer):
         self.non_trainable = non_trainable
         self.compensated = compensated
         self.device = device
-        self.step = self.add_weight(
-            shape=(), dtype="int64", initializer="zeros", trainable=False, name="step"
-        )
+        with backend.device(device):
+            self.step = self.add_weight(
+                shape=(), dtype="int64", initializer="zeros", trainable=False, name="step"
+            )
         self._partners = None
 
     @property
@@ -66,6 +67,22 @@ class Shadow(keras.layers.Layer):
             cloning.check_same_outputs(raw, self.model, probe)
         self._partners = partners
         self.built = True
+
+    def check_complete(self, raw):
+        """Raises `ValueError` if the raw model has gained or lost weights since the start.
+
+        Args:
+            raw: The raw `keras.Model`.
+        """
+        paired = {id(w) for _, w in self._partners.all}
+        gained = [w.path for w in raw.weights if id(w) not in paired]
+        if gained or len(raw.weights) != len(paired):
+            raise ValueError(
+                f"The raw model '{raw.name}' must keep the weights that it had when it was "
+                f"wrapped, {len(paired)}; now it has {len(raw.weights)}. Received: new weights "
+                f"{gained[:3]}. Make the change (enable LoRA, build all layers) first and wrap the "
+                "model then."
+            )
 
     def _pair(self, raw):
         cloning.check_disjoint(raw, self.model)

@@ -62,6 +62,30 @@ def test_the_wrapper_is_built_by_an_input_shape():
     assert_same_weights(model.raw_model, model.average_model)
 
 
+class BuiltEarly(LazyClassifier):
+    """A model that Keras calls built before it has weights."""
+
+    def build(self, input_shape):
+        self.built = True
+
+
+def test_a_model_that_is_built_without_weights_is_started_by_its_first_batch(batches):
+    inner = BuiltEarly()
+    inner.build((None, 6))
+    model = PolyakModel(compile_classifier(inner))
+    model.fit(*batches, verbose=0)
+    assert len(model.average_model.weights) == len(inner.weights) == 8
+    assert model.average_step == 2
+
+
+def test_weights_gained_after_wrapping_are_refused_by_name(batches):
+    inner = make_classifier()
+    model = PolyakModel(compile_classifier(inner))
+    inner.layers[0].enable_lora(2)
+    with pytest.raises(ValueError, match="now it has 1.*lora_kernel_a.* wrap the model then"):
+        model.fit(*batches, verbose=0)
+
+
 def test_calls_train_the_raw_model_and_ask_the_route_otherwise(batches):
     model = trained(batches)
     x = batches[0]
@@ -142,11 +166,22 @@ def test_a_frozen_weight_is_averaged_once_it_is_unfrozen_even_where_statistics_a
     assert not np.array_equal(inner.get_weights()[0], model.average_model.get_weights()[0])
 
 
-def test_the_average_lives_on_the_device_that_was_asked_for(batches):
-    model = trained(batches, device="CPU:0", compensated=True)
-    variables = [*model.average_model.weights, *model.shadow.weights]
-    assert len(variables) > 16
-    assert all(v.value.device.endswith("CPU:0") for v in variables)
+@pytest.mark.parametrize("make", [make_classifier, LazyClassifier])
+def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches):
+    models = []
+    for device in ("CPU:1", None):
+        keras.utils.set_random_seed(1)
+        inner = compile_classifier(make(), **mode)
+        model = PolyakModel(inner, 0.9, device=device, compensated=True, report=ROUTES)
+        model.fit(*batches, batch_size=4, verbose=0, validation_data=batches)
+        models.append(model)
+    away, beside = models
+    placed = [v.value.device for v in [*away.average_model.weights, *away.shadow.weights]]
+    assert len(placed) > 16
+    assert {device[-5:] for device in placed} == {"CPU:1"}
+    assert {v.value.device[-5:] for v in away.raw_model.weights} == {"CPU:0"}
+    if not mode.get("jit_compile"):
+        assert_same_weights(away, beside)
 
 
 def test_early_stopping_restores_the_weights_and_the_average_that_had_the_score(batches):
