@@ -86,6 +86,19 @@ def _unchanged_random_state():
         random.setstate(state)
 
 
+def has_weights(model):
+    """Tells whether a model has created the weights it needs.
+
+    Keras calls a subclassed model built after `build`, even if its layers are
+    not.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    layers_built = all(layer.built for layer in model._flatten_layers())
+    return model.built and (bool(model.weights) or layers_built)
+
+
 def check_disjoint(model, clone):
     """Raises `ValueError` if the two models share a variable.
 

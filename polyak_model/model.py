@@ -109,8 +109,7 @@ class PolyakModel(RoutedModel):
         self.shadow = shadow
         self.clone_function = clone_function
         self._adopted = None
-        # Keras calls a subclassed model built after `build`, though its layers have no weights yet.
-        if model.built and model.weights:
+        if cloning.has_weights(model):
             self._start(cloning.probe_inputs(model))
         if model.compiled:
             self._adopt_compilation()
@@ -155,6 +154,15 @@ class PolyakModel(RoutedModel):
 
         Raises:
             ValueError: If the model is not built.
+
+        Example:
+
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = PolyakModel(inner)
+        >>> model.update_average()
+        >>> model.reset_average()
+        >>> model.average_step
+        0
         """
         self._check_built("reset_average")
         self.shadow.reset()
@@ -162,8 +170,18 @@ class PolyakModel(RoutedModel):
     def apply_average(self):
         """Copies the average into the raw model, for the end of training or Switch EMA.
 
+        The average and its step stay.
+
         Raises:
             ValueError: If the model is not built.
+
+        Example:
+
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = PolyakModel(inner)
+        >>> model.apply_average()
+        >>> bool((inner.get_weights()[0] == model.average_model.get_weights()[0]).all())
+        True
         """
         self._check_built("apply_average")
         self.shadow.apply()
@@ -179,6 +197,14 @@ class PolyakModel(RoutedModel):
         Raises:
             ValueError: If the optimizer averages by itself (`use_ema=True`), or
                 a metric cannot be copied.
+
+        Example:
+
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = PolyakModel(inner)
+        >>> model.compile(optimizer="sgd", loss="mse", metrics=["mae"])
+        >>> inner.optimizer is model.optimizer
+        True
         """
         _refuse_second_average(kwargs.get("optimizer", args[0] if args else None))
         self.raw_model.compile(*args, **kwargs)
@@ -229,7 +255,7 @@ class PolyakModel(RoutedModel):
         if self.shadow.started:
             return
         for model, device in ((self.raw_model, None), (self.shadow.model, self.shadow.device)):
-            if not (model.built and model.weights):
+            if not cloning.has_weights(model):
                 with backend.device(device):
                     model(inputs)
         self._start(cloning.probe_like(inputs))

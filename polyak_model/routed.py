@@ -117,6 +117,19 @@ class RoutedModel(keras.Model):
 
         Raises:
             ValueError: If `using` is no route, or the model is not compiled.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from polyak_model import PolyakModel
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = PolyakModel(inner, report=("average", "raw"))
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> x, y = np.ones((8, 3)), np.ones((8, 1))
+        >>> sorted(model.evaluate(x, y, verbose=0, return_dict=True))
+        ['loss', 'raw_loss']
+        >>> sorted(model.evaluate(x, y, verbose=0, return_dict=True, using="raw"))
+        ['loss']
         """
         with self._through(self._reported(using)):
             return super().evaluate(
@@ -143,6 +156,14 @@ class RoutedModel(keras.Model):
 
         Raises:
             ValueError: If `using` is no route.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from polyak_model import PolyakModel
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        >>> PolyakModel(inner).predict(np.ones((8, 3)), using="ensemble", verbose=0).shape
+        (8, 2)
         """
         with self._through(self._answering(using)):
             return super().predict(

@@ -35,7 +35,7 @@ class Shadow(keras.layers.Layer):
         name: Name of the layer.
     """
 
-    def __init__(self, model, rule, non_trainable, compensated, device, name="shadow"):
+    def __init__(self, model, rule, non_trainable, compensated, device, name="average"):
         super().__init__(name=name)
         self.model = model
         self.rule = rule

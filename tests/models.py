@@ -49,11 +49,16 @@ class Recorder(keras.callbacks.Callback):
         super().__init__()
         self.raw = raw
         self.weights = []
-        self.steps = [int(raw.optimizer.iterations)]
+        self.steps = [self.step()]
 
     def on_train_batch_end(self, batch, logs=None):
         self.weights.append(self.raw.get_weights())
-        self.steps.append(int(self.raw.optimizer.iterations))
+        self.steps.append(self.step())
+
+    def step(self):
+        """Returns the steps that the optimizer, or the one inside it, has taken."""
+        optimizer = self.raw.optimizer
+        return int(getattr(optimizer, "inner_optimizer", optimizer).iterations)
 
     def iterates(self):
         """Returns the weights after each batch at which the optimizer took a step."""

@@ -181,7 +181,7 @@ def test_law_3_answering_saving_and_summarising_change_no_weight(mode, batches, 
     model.summary()
     assert_identical(raw, model.raw_model.get_weights())
     assert_identical(average, model.average_model.get_weights())
-    assert "shadow" in capsys.readouterr().out
+    assert "average (Shadow)" in capsys.readouterr().out
 
 
 # Law 4
@@ -210,7 +210,7 @@ def test_law_4_the_average_rests_on_a_step_that_loss_scaling_skips(mode, batches
     model = PolyakModel(inner, rule)
     start, stepped = fit_recorded(model, (x, y), shuffle=False)
     assert isinstance(inner.optimizer, keras.optimizers.LossScaleOptimizer)
-    assert model.average_step == int(inner.optimizer.iterations) == len(stepped) == 15
+    assert model.average_step == len(stepped) == 15
     assert_close(
         closed_forms.average(rule, start, stepped), model.average_model.get_weights(), ulps=4
     )

@@ -2,6 +2,10 @@ import pathlib
 import re
 import subprocess
 
+import pytest
+
+from polyak_model import ExponentialAverage, PolynomialAverage, PowerAverage, UniformAverage
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -36,3 +40,25 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert (README.parent / target).exists(), target
+
+
+WEIGHTS = {
+    "(1 − d) / (1 − dᵗ)": (ExponentialAverage(0.9), lambda t: (1 - 0.9) / (1 - 0.9**t)),
+    "1 − d": (ExponentialAverage(0.9, debias=False), lambda t: 1 - 0.9),
+    "1 − min(d, t / (9 + t))": (
+        ExponentialAverage(0.9, warmup=True),
+        lambda t: 1 - min(0.9, t / (9 + t)),
+    ),
+    "1 / t": (UniformAverage(), lambda t: 1 / t),
+    "(η + 1) / (t + η)": (PolynomialAverage(3), lambda t: (3 + 1) / (t + 3)),
+    "1 − (1 − 1 / t)^(γ + 1)": (PowerAverage(6.94), lambda t: 1 - (1 - 1 / t) ** (6.94 + 1)),
+}
+
+
+@pytest.mark.parametrize("formula", WEIGHTS)
+def test_the_weights_in_the_table_of_rules_are_those_of_the_rules(formula):
+    rule, weight = WEIGHTS[formula]
+    (row,) = [line for line in TEXT.splitlines() if f"| {formula} |" in line]
+    assert type(rule).__name__ in row
+    for step in (1, 2, 10, 500):
+        assert rule.weight(step) == pytest.approx(weight(step), rel=1e-12)

@@ -225,3 +225,34 @@ def test_what_is_neither_a_decay_nor_a_rule_is_refused(average):
 def test_a_rule_class_in_place_of_a_rule_is_refused_with_the_call():
     with pytest.raises(ValueError, match=r"Pass an instance: UniformAverage\(\)"):
         rules.get(UniformAverage)
+
+
+PROSE = [
+    (ExponentialAverage(0.9), "(1 - decay**k) / (1 - decay**t)"),
+    (ExponentialAverage(0.9, debias=False), "1 - decay**k"),
+    (ExponentialAverage(0.9, warmup=True), "1 - min(decay, (1 + n) / (10 + n))**k"),
+    (UniformAverage(), "k / t"),
+    (PolynomialAverage(3), "(eta + 1) / (n + 1 + eta)"),
+    (PowerAverage(6.94), "1 - (1 - k / t)**(gamma + 1)"),
+]
+
+
+@pytest.mark.parametrize(("rule", "formula"), PROSE)
+@pytest.mark.parametrize(("t", "k"), [(1, 1), (2, 1), (50, 1), (6, 3), (300, 5)])
+def test_the_formula_in_a_docstring_is_the_weight(rule, formula, t, k):
+    assert formula in type(rule).__doc__
+    value = eval(formula, {}, {**rule.get_config(), "t": t, "k": k, "n": t / k - 1, "min": min})
+    assert rule.weight(t, k) == pytest.approx(value, rel=1e-12)
+
+
+def test_the_formulas_of_the_other_docstrings_hold():
+    steps, decay, batch_ratio = 700, 0.99, 3
+    assert "decay = 0.5 ** (1 / steps)" in ExponentialAverage.from_half_life.__doc__
+    assert ExponentialAverage.from_half_life(steps).decay == 0.5 ** (1 / steps)
+    assert "decay ** batch_ratio" in rescale_decay.__doc__
+    assert rescale_decay(decay, batch_ratio) == decay**batch_ratio
+    sigma_rel = 0.15
+    gamma = PowerAverage.from_relative_width(sigma_rel).gamma
+    equation = "sigma_rel**2 * (gamma + 2)**2 * (gamma + 3) = gamma + 1"
+    assert equation in PowerAverage.from_relative_width.__doc__
+    assert sigma_rel**2 * (gamma + 2) ** 2 * (gamma + 3) == pytest.approx(gamma + 1)

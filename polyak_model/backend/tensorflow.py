@@ -80,8 +80,9 @@ def optimizer_step(model):
     Args:
         model: A compiled `keras.Model`.
     """
-    steps = [tf.cast(tf.convert_to_tensor(o.iterations), "int64") for o in _optimizers(model)]
-    return tf.add_n(steps)
+    # A loss-scaling optimizer counts its steps in the one inside; not every Keras passes that on.
+    inner = [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in _optimizers(model)]
+    return tf.add_n([tf.cast(tf.convert_to_tensor(o.iterations), "int64") for o in inner])
 
 
 def may_skip_steps(model):
