@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import polyak_model
 
 
@@ -25,6 +27,7 @@ def test_importing_the_package_does_not_import_keras():
     assert run("import sys, polyak_model; print('keras' in sys.modules)") == "False"
 
 
+@pytest.mark.slow
 def test_classes_are_registered_when_keras_came_first_or_a_class_was_imported():
     registered = "print('polyak_model>PolyakModel' in keras.saving.get_custom_objects())"
     assert run(f"import keras; import polyak_model; {registered}").endswith("True")
