@@ -207,6 +207,7 @@ class PolyakModel(RoutedModel):
         True
         """
         _refuse_second_average(kwargs.get("optimizer", args[0] if args else None))
+        self._router.check_metrics((args, kwargs))
         self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
 

@@ -58,6 +58,14 @@ class Router:
         """Returns the model that holds the metrics of a route."""
         return {"raw": self.raw, "average": self.shadow.model, "ensemble": self.ensemble}[route]
 
+    def check_metrics(self, arguments):
+        """Raises `ValueError` if metrics among the arguments of `compile` cannot be copied.
+
+        Args:
+            arguments: A nested structure of anything.
+        """
+        _fresh(arguments, stateful=keras.metrics.Metric)
+
     def compile(self, args=(), kwargs=None):
         """Compiles the average model and the ensemble as the raw model is, for evaluation.
 
@@ -155,10 +163,8 @@ def forward(model, x):
     return model(x, training=False) if model._call_has_training_arg else model(x)
 
 
-def _fresh(arguments):
-    # Metrics and optimizers hold state, so no two models may share one.
-    stateful = (keras.metrics.Metric, keras.optimizers.Optimizer)
-
+def _fresh(arguments, stateful=(keras.metrics.Metric, keras.optimizers.Optimizer)):
+    # These hold state, so no two models may share one.
     def fresh(value):
         if not isinstance(value, stateful):
             return value

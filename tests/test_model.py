@@ -429,7 +429,7 @@ def test_an_optimizer_that_averages_is_refused_before_anything_changes():
         model.compile(keras.optimizers.LossScaleOptimizer(optimizer), CROSSENTROPY)
 
 
-def test_a_metric_that_cannot_be_copied_is_refused_by_name():
+def test_a_metric_that_cannot_be_copied_is_refused_by_name_before_anything_changes():
     class Opaque(keras.metrics.Mean):
         def __init__(self, scale):
             super().__init__(name="opaque")
@@ -437,3 +437,4 @@ def test_a_metric_that_cannot_be_copied_is_refused_by_name():
     model = PolyakModel(make_classifier())
     with pytest.raises(ValueError, match="'opaque' of class Opaque cannot be copied"):
         model.compile("sgd", CROSSENTROPY, metrics=[Opaque(2)])
+    assert not model.raw_model.compiled
