@@ -9,6 +9,7 @@ from polyak_model.ensemble import check_combine
 from polyak_model.routed import RoutedModel
 from polyak_model.routing import Router, check_report, check_route
 from polyak_model.shadow import Shadow
+from polyak_model.wrapping import check_clone_function, check_model, refuse_second_average
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
@@ -88,12 +89,12 @@ class PolyakModel(RoutedModel):
         clone_function=None,
         name=None,
     ):
-        _check_model(model)
+        check_model(model)
         rule = rules.get(average)
         check_report(report, check_route("inference", inference))
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
-        _check_clone_function(clone_function)
+        check_clone_function(clone_function)
         with backend.device(device):
             clone = cloning.clone_model(model, clone_function)
         shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
@@ -206,14 +207,14 @@ class PolyakModel(RoutedModel):
         >>> inner.optimizer is model.optimizer
         True
         """
-        _refuse_second_average(kwargs.get("optimizer", args[0] if args else None))
+        refuse_second_average(kwargs.get("optimizer", args[0] if args else None))
         self._router.check_metrics((args, kwargs))
         self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
 
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
-        _refuse_second_average(raw.optimizer)
+        refuse_second_average(raw.optimizer)
         self._router.compile(args, kwargs)
         super().compile(
             optimizer=raw.optimizer,
@@ -342,45 +343,3 @@ class PolyakModel(RoutedModel):
             if isinstance(config[name], dict):
                 config[name] = deserialize(config[name])
         return cls(**config)
-
-
-def _check_model(model):
-    advice = "Pass a keras.Model, e.g. PolyakModel(keras.Sequential([...]))."
-    if isinstance(model, type):
-        raise TypeError(
-            f"`model` must be an instance of keras.Model. Received: the class {model.__name__}. "
-            f"Pass an instance: PolyakModel({model.__name__}(...))."
-        )
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a keras.Model. Received: model={model!r}. {advice}")
-    if isinstance(model, PolyakModel):
-        raise TypeError(
-            "`model` is a PolyakModel already, and an average of an average is rarely what is "
-            "meant. Received: model=<PolyakModel "
-            f"'{model.name}'>. Wrap model.raw_model instead, or change its rule."
-        )
-    if model.compiled:
-        _refuse_second_average(model.optimizer)
-
-
-def _check_clone_function(clone_function):
-    is_function = callable(clone_function) and not isinstance(clone_function, keras.Model)
-    if clone_function is not None and not is_function:
-        raise ValueError(
-            "`clone_function` must be a function without arguments that returns a fresh "
-            f"keras.Model. Received: clone_function={clone_function!r}."
-        )
-
-
-def _refuse_second_average(optimizer):
-    if optimizer is None or isinstance(optimizer, str):
-        return
-    optimizer = keras.optimizers.get(optimizer)
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if inner.use_ema:
-        raise ValueError(
-            "`optimizer` must not average by itself inside a PolyakModel. Received: "
-            f"{type(inner).__name__}(use_ema=True, ema_momentum={inner.ema_momentum}). Remove "
-            "use_ema=True from the optimizer and keep PolyakModel(model, "
-            f"average={inner.ema_momentum}), or keep the optimizer and remove PolyakModel."
-        )

@@ -353,22 +353,6 @@ def test_every_constructor_argument_goes_through_the_config():
 # Bad input
 
 
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match="`model` must be a keras.Model. Received: model='net'"):
-        PolyakModel("net")
-
-
-def test_a_class_in_place_of_a_model_is_refused():
-    with pytest.raises(TypeError, match=r"Received: the class LazyClassifier. Pass an instance"):
-        PolyakModel(LazyClassifier)
-
-
-def test_wrapping_a_wrapper_is_refused():
-    model = PolyakModel(make_small(), name="inside")
-    with pytest.raises(TypeError, match=r"'inside'.*Wrap model.raw_model instead"):
-        PolyakModel(model)
-
-
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
@@ -413,20 +397,6 @@ def test_averaging_before_building_is_refused(method):
     model = PolyakModel(LazyClassifier())
     with pytest.raises(ValueError, match=rf"`{method}\(\)` needs weights.*model.build"):
         getattr(model, method)()
-
-
-def test_an_optimizer_that_averages_is_refused_before_anything_changes():
-    optimizer = keras.optimizers.Adam(use_ema=True, ema_momentum=0.95)
-    message = r"Adam\(use_ema=True, ema_momentum=0.95\). Remove use_ema=True .* or keep the opt"
-    model = PolyakModel(make_classifier())
-    with pytest.raises(ValueError, match=message):
-        model.compile(optimizer, CROSSENTROPY)
-    assert not model.compiled
-    assert not model.raw_model.compiled
-    with pytest.raises(ValueError, match=message):
-        PolyakModel(compile_classifier(make_classifier(), optimizer))
-    with pytest.raises(ValueError, match=message):
-        model.compile(keras.optimizers.LossScaleOptimizer(optimizer), CROSSENTROPY)
 
 
 def test_a_metric_that_cannot_be_copied_is_refused_by_name_before_anything_changes():
