@@ -87,16 +87,43 @@ def _unchanged_random_state():
 
 
 def has_weights(model):
-    """Tells whether a model has created the weights it needs.
+    """Tells whether a model has created all its weights.
 
     Keras calls a subclassed model built after `build`, even if its layers are
-    not.
+    not; and never one whose training step calls its parts alone (a GAN), even
+    if they all are.
 
     Args:
         model: A `keras.Model`.
     """
-    layers_built = all(layer.built for layer in model._flatten_layers())
-    return model.built and (bool(model.weights) or layers_built)
+    layers_built = all(layer.built for layer in model._flatten_layers(include_self=False))
+    if model.built:
+        return bool(model.weights) or layers_built
+    builds_itself = type(model).build is not keras.Model.build
+    return bool(model.weights) and layers_built and not builds_itself
+
+
+def build_like(model, clone):
+    """Builds the layers of a clone that are built in the model.
+
+    A config holds no shapes of parts that were built by hand.
+
+    Args:
+        model: A `keras.Model`.
+        clone: Its clone.
+    """
+    layers, copies = _parts(model), _parts(clone)
+    if [type(layer) for layer in layers] != [type(copy) for copy in copies]:
+        return  # A clone of one's own making need not have the same layers.
+    for layer, copy in zip(layers, copies, strict=True):
+        if layer.built and not copy.built and layer.get_build_config():
+            copy.build_from_config(layer.get_build_config())
+
+
+def _parts(model):
+    # A Sequential gains its input layer when it is built.
+    kind = keras.layers.InputLayer
+    return [layer for layer in model._flatten_layers() if not isinstance(layer, kind)]
 
 
 def check_disjoint(model, clone):

@@ -207,7 +207,7 @@ class PolyakModel(RoutedModel):
         >>> inner.optimizer is model.optimizer
         True
         """
-        refuse_second_average(kwargs.get("optimizer", args[0] if args else None))
+        refuse_second_average((args, kwargs))
         self._router.check_metrics((args, kwargs))
         self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
@@ -243,7 +243,8 @@ class PolyakModel(RoutedModel):
 
     def compile_from_config(self, config):
         self.raw_model.compile_from_config(config)
-        self._adopt_compilation()
+        if self.raw_model.compiled:
+            self._adopt_compilation()
 
     def build(self, input_shape):
         """Builds the raw and the average model, which then equals it.

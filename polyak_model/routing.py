@@ -110,6 +110,7 @@ class Router:
         Returns:
             The logs, a dict.
         """
+        self._check_compiled()
         if "ensemble" in routes:
             return self.logs(routes, self._score(routes, data))
         logs = []
@@ -129,6 +130,15 @@ class Router:
                 backend.score(self.model(route), x, y, sample_weight, outputs[route])
                 for route in routes
             ]
+
+    def _check_compiled(self):
+        if not self.shadow.model.compiled:
+            raise ValueError(
+                f"{type(self.raw).__name__} has a `compile` of its own, whose arguments Keras does "
+                "not record. Received: a model that was compiled before it was wrapped. Call "
+                "`compile` on the PolyakModel with the same arguments, so that the average can be "
+                "evaluated too."
+            )
 
     def _check_plain_test_step(self):
         for method in ("test_step", "compute_loss", "compute_metrics"):

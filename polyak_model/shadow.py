@@ -60,6 +60,8 @@ class Shadow(keras.layers.Layer):
             raw: The raw `keras.Model`.
             probe: A batch on which both must answer alike, or None.
         """
+        with backend.device(self.device):
+            cloning.build_like(raw, self.model)
         partners = self._pair(raw)
         backend.assign(partners.all)
         cloning.restore_derived_state(self.model)

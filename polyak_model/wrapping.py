@@ -1,6 +1,7 @@
 """What may be wrapped: checks of models and optimizers, before anything changes."""
 
 import keras
+from keras import tree
 
 from polyak_model.routed import RoutedModel
 
@@ -43,20 +44,18 @@ def check_clone_function(clone_function):
         )
 
 
-def refuse_second_average(optimizer):
+def refuse_second_average(arguments):
     """Raises `ValueError` if an optimizer averages by itself.
 
     Args:
-        optimizer: What `compile` takes: an optimizer, its name or its config.
+        arguments: An optimizer, or a nested structure that may hold several.
     """
-    if optimizer is None or isinstance(optimizer, str):
-        return
-    optimizer = keras.optimizers.get(optimizer)
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if inner.use_ema:
-        raise ValueError(
-            "`optimizer` must not average by itself inside a PolyakModel. Received: "
-            f"{type(inner).__name__}(use_ema=True, ema_momentum={inner.ema_momentum}). Remove "
-            "use_ema=True from the optimizer and keep PolyakModel(model, "
-            f"average={inner.ema_momentum}), or keep the optimizer and remove PolyakModel."
-        )
+    for optimizer in tree.flatten(arguments):
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if isinstance(inner, keras.optimizers.Optimizer) and inner.use_ema:
+            raise ValueError(
+                "`optimizer` must not average by itself inside a PolyakModel. Received: "
+                f"{type(inner).__name__}(use_ema=True, ema_momentum={inner.ema_momentum}). Remove "
+                "use_ema=True from the optimizer and keep PolyakModel(model, "
+                f"average={inner.ema_momentum}), or keep the optimizer and remove PolyakModel."
+            )

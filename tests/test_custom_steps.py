@@ -1,0 +1,100 @@
+"""The laws for models with training steps of their own."""
+
+import closed_forms
+import keras
+import numpy as np
+import pytest
+from custom_steps import Adversaries, Autoencoder, Denoiser
+
+from polyak_model import PolyakModel, UniformAverage
+
+
+def compile_adversaries(model):
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        critic_optimizer=keras.optimizers.Adam(0.01),
+        loss_function=keras.losses.BinaryCrossentropy(from_logits=True),
+    )
+
+
+MODELS = {
+    "autoencoder": (Autoencoder, lambda model: model.compile("adam")),
+    "adversaries": (Adversaries, compile_adversaries),
+    "denoiser": (Denoiser, lambda model: model.compile("adam")),
+}
+
+
+class Recorder(keras.callbacks.Callback):
+    def __init__(self, raw):
+        super().__init__()
+        self.raw = raw
+        self.iterates = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.iterates.append(self.raw.get_weights())
+
+
+def train(make, compile_model, x, wrap):
+    keras.utils.set_random_seed(2)
+    inner = make()
+    if make is Denoiser:
+        inner.net.build((None, 7))
+    model = PolyakModel(inner, UniformAverage(), report=("raw",)) if wrap else inner
+    compile_model(model)
+    recorder = Recorder(inner)
+    history = model.fit(
+        x, batch_size=16, epochs=2, verbose=0, shuffle=False, callbacks=[recorder]
+    ).history
+    return model, recorder.iterates, history
+
+
+@pytest.mark.parametrize(("make", "compile_model"), MODELS.values(), ids=MODELS)
+def test_the_users_step_trains_as_it_does_bare_and_the_average_follows(
+    make, compile_model, batches
+):
+    x = batches[0]
+    _, expected, bare_history = train(make, compile_model, x, wrap=False)
+    model, iterates, history = train(make, compile_model, x, wrap=True)
+    assert history == bare_history
+    assert len(iterates) == model.average_step == 8
+    for one, other in zip(expected[-1], iterates[-1], strict=True):
+        np.testing.assert_array_equal(one, other)
+    averages = closed_forms.average(UniformAverage(), iterates[0], iterates)
+    assert len(averages) == len(model.average_model.weights) > 0
+    for average, received in zip(averages, model.average_model.get_weights(), strict=True):
+        np.testing.assert_allclose(received, average, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize(("make", "compile_model"), MODELS.values(), ids=MODELS)
+def test_the_users_test_step_runs_on_the_average_model(make, compile_model, batches):
+    x = batches[0]
+    model, _, _ = train(make, compile_model, x, wrap=True)
+    for each in (model.raw_model, model.average_model):
+        each.noise.state.assign([7, 0])
+    logs = model.evaluate(x, batch_size=64, verbose=0, return_dict=True)
+    bare = {}
+    for prefix, each in (("", model.average_model), ("raw_", model.raw_model)):
+        each.noise.state.assign([7, 0])
+        alone = each.evaluate(x, batch_size=64, verbose=0, return_dict=True)
+        bare.update({prefix + name: float(value) for name, value in alone.items()})
+    assert {name: float(value) for name, value in logs.items()} == pytest.approx(bare)
+    name = next(iter(bare))
+    assert bare[name] != bare[f"raw_{name}"]
+
+
+def test_a_model_with_a_compile_of_its_own_is_compiled_through_the_wrapper(batches):
+    inner = Adversaries()
+    compile_adversaries(inner)
+    model = PolyakModel(inner)
+    model.fit(batches[0], verbose=0)
+    with pytest.raises(ValueError, match="Adversaries has a `compile` of its own.*PolyakModel"):
+        model.evaluate(batches[0], verbose=0)
+    compile_adversaries(model)
+    assert model.evaluate(batches[0], verbose=0) > 0
+
+
+def test_the_optimizers_of_a_compile_of_ones_own_may_not_average():
+    model = PolyakModel(Adversaries())
+    with pytest.raises(ValueError, match="`optimizer` must not average by itself"):
+        model.compile("adam", keras.optimizers.SGD(use_ema=True), "mse")
+    assert not model.raw_model.compiled
