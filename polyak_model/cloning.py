@@ -1,7 +1,9 @@
 """An unshared copy of a model, checked: disjoint variables, same outputs."""
 
 import contextlib
+import os
 import random
+import tempfile
 
 import keras
 import numpy as np
@@ -112,12 +114,16 @@ def build_like(model, clone):
         model: A `keras.Model`.
         clone: Its clone.
     """
-    layers, copies = _parts(model), _parts(clone)
-    if [type(layer) for layer in layers] != [type(copy) for copy in copies]:
-        return  # A clone of one's own making need not have the same layers.
-    for layer, copy in zip(layers, copies, strict=True):
+    for layer, copy in _pair_parts(model, clone):
         if layer.built and not copy.built and layer.get_build_config():
             copy.build_from_config(layer.get_build_config())
+
+
+def _pair_parts(model, clone):
+    # A clone of one's own making need not have the same layers; then there is nothing to pair.
+    layers, copies = _parts(model), _parts(clone)
+    alike = [type(layer) for layer in layers] == [type(copy) for copy in copies]
+    return list(zip(layers, copies, strict=True)) if alike else []
 
 
 def _parts(model):
@@ -180,15 +186,30 @@ def pair_weights(model, clone):
     return pairs
 
 
-def restore_derived_state(model):
-    """Recomputes what layers derive from their weights, as loading a file does.
+def copy_outside_weights(model, clone):
+    """Copies what layers hold outside their weights, as a file saved and loaded carries it.
+
+    These are the tables of lookup layers, and what a Normalization layer
+    derives from its weights.
 
     Args:
-        model: A `keras.Model` whose weights have been assigned.
+        model: A `keras.Model`.
+        clone: Its clone, with the same weights.
     """
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Normalization) and layer.built:
-            layer.finalize_state()
+    for layer, copy in _pair_parts(model, clone):
+        if hasattr(layer, "save_assets") and not _is_empty_table(layer):
+            with tempfile.TemporaryDirectory() as folder:
+                layer.save_assets(folder)
+                if os.listdir(folder):
+                    copy.load_assets(folder)
+        if isinstance(copy, keras.layers.Normalization) and copy.built:
+            copy.finalize_state()
+
+
+def _is_empty_table(layer):
+    # Keras saves the table of a layer that was never adapted, but cannot load it.
+    kinds = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
+    return isinstance(layer, kinds) and not layer.get_vocabulary(include_special_tokens=False)
 
 
 def check_same_outputs(model, clone, inputs):

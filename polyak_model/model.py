@@ -186,7 +186,6 @@ class PolyakModel(RoutedModel):
         """
         self._check_built("apply_average")
         self.shadow.apply()
-        cloning.restore_derived_state(self.raw_model)
 
     def compile(self, *args, **kwargs):
         """Compiles the raw model, and the other routes for evaluation.
@@ -301,7 +300,7 @@ class PolyakModel(RoutedModel):
         before = backend.optimizer_step(self.raw_model)
         logs = self.raw_model.train_step(data)
         stepped = backend.optimizer_step(self.raw_model) > before
-        self.shadow.check_complete(self.raw_model)
+        self.shadow.check_complete()
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
 

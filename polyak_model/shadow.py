@@ -13,6 +13,7 @@ from polyak_model import backend, cloning
 class _Partners:
     """The raw weights and who follows them, paired once."""
 
+    raw: keras.Model
     all: tuple  # (average, raw)
     averaged: tuple  # (average, raw), or with compensation (average, raw, residual)
     copied: tuple  # (average, raw)
@@ -64,18 +65,15 @@ class Shadow(keras.layers.Layer):
             cloning.build_like(raw, self.model)
         partners = self._pair(raw)
         backend.assign(partners.all)
-        cloning.restore_derived_state(self.model)
+        cloning.copy_outside_weights(raw, self.model)
         if probe is not None:
             cloning.check_same_outputs(raw, self.model, probe)
         self._partners = partners
         self.built = True
 
-    def check_complete(self, raw):
-        """Raises `ValueError` if the raw model has gained or lost weights since the start.
-
-        Args:
-            raw: The raw `keras.Model`.
-        """
+    def check_complete(self):
+        """Raises `ValueError` if the raw model has gained or lost weights since the start."""
+        raw = self._partners.raw
         paired = {id(w) for _, w in self._partners.all}
         gained = [w.path for w in raw.weights if id(w) not in paired]
         if gained or len(raw.weights) != len(paired):
@@ -99,7 +97,7 @@ class Shadow(keras.layers.Layer):
             else:
                 copied.append((average, w))
         penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
-        return _Partners(pairs, tuple(averaged), tuple(copied), penalized)
+        return _Partners(raw, pairs, tuple(averaged), tuple(copied), penalized)
 
     def _residual_of(self, average):
         if not self.compensated:
@@ -129,7 +127,7 @@ class Shadow(keras.layers.Layer):
         for _, _, *residual in self._partners.averaged:
             for variable in residual:
                 variable.assign(ops.zeros_like(variable))
-        cloning.restore_derived_state(self.model)
+        cloning.copy_outside_weights(self._partners.raw, self.model)
 
     def update(self, stepped=True, may_skip=False):
         """Takes one step of averaging.
@@ -163,6 +161,7 @@ class Shadow(keras.layers.Layer):
     def apply(self):
         """Copies the average into the raw model."""
         backend.assign((w, average) for average, w in self._partners.all)
+        cloning.copy_outside_weights(self.model, self._partners.raw)
 
     @contextlib.contextmanager
     def penalties(self):

@@ -212,3 +212,38 @@ def test_a_lambda_layer_whose_clone_fails_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match="its clone fails.*\n(.*\n)*.*Pass `clone_function`"):
         PolyakModel(make())
     assert PolyakModel(make(), clone_function=make).average_step == 0
+
+
+WORDS = np.array([["red"], ["blue"], ["red"], ["green"]])
+
+
+def make_reader(adapted):
+    lookup = layers.StringLookup(output_mode="one_hot", max_tokens=5)
+    if adapted:
+        lookup.adapt(WORDS)
+    inputs = keras.Input((1,), dtype="string")
+    return keras.Model(inputs, layers.Dense(2)(lookup(inputs)))
+
+
+def test_a_table_adapted_before_wrapping_is_in_the_clone():
+    model = PolyakModel(make_reader(adapted=True))
+    x = keras.ops.convert_to_tensor(WORDS)
+    np.testing.assert_array_equal(model(x), model.raw_model(x))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_layer_adapted_after_wrapping_is_in_the_clone(adapted):
+    vectorization = layers.TextVectorization(output_sequence_length=3)
+    normalization = layers.Normalization()
+    if adapted:
+        vectorization.adapt(["red blue", "blue"])
+        normalization.adapt(np.ones((4, 2)))
+    text, numbers = keras.Input((), dtype="string"), keras.Input((2,))
+    embedded = layers.Flatten()(layers.Embedding(10, 2)(vectorization(text)))
+    outputs = layers.Dense(1)(layers.Concatenate()([embedded, normalization(numbers)]))
+    model = PolyakModel(keras.Model([text, numbers], outputs))
+    vectorization.adapt(["green red blue", "red green", "red"])
+    normalization.adapt(np.random.default_rng(0).normal(3, 2, (50, 2)))
+    x = [keras.ops.convert_to_tensor(["red blue", "green grey"]), keras.ops.ones((2, 2))]
+    np.testing.assert_array_equal(model(x), model.raw_model(x))
+    np.testing.assert_array_equal(model.average_model(x), model.raw_model(x))
