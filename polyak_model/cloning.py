@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import tree
 
+from polyak_model.configs import recreate
+
 # One forward pass with the same values gives the same outputs up to the order of sums, which
 # threads may change; state left behind by the clone (an adapted mean, a table) shows far above it.
 _OUTPUT_TOLERANCE = 1e-3
@@ -41,7 +43,7 @@ def clone_model(model, clone_function=None):
     (True, False)
     """
     with _unchanged_random_state():
-        clone = clone_function() if clone_function else _clone_through_config(model)
+        clone = clone_function() if clone_function else recreate(model)
     if not isinstance(clone, keras.Model):
         raise TypeError(
             "`clone_function` must return a keras.Model, a fresh one of the same architecture as "
@@ -49,32 +51,6 @@ def clone_model(model, clone_function=None):
         )
     check_disjoint(model, clone)
     return clone
-
-
-def _clone_through_config(model):
-    layers = model._flatten_layers()
-    custom_objects = {type(layer).__name__: type(layer) for layer in layers}
-    try:
-        config = keras.saving.serialize_keras_object(model)
-        # The config was made in this process, so a Lambda layer in it is the user's own code.
-        return keras.saving.deserialize_keras_object(
-            _without_compile_config(config), custom_objects=custom_objects, safe_mode=False
-        )
-    except Exception as error:
-        raise ValueError(
-            f"Keras cannot clone the model '{model.name}' of class {type(model).__name__}: "
-            f"{error}\nGive the class a `get_config()` that holds all its constructor arguments, "
-            "or pass `clone_function`, a function without arguments that returns a fresh model of "
-            "the same architecture: PolyakModel(model, clone_function=make_model)."
-        ) from error
-
-
-def _without_compile_config(config):
-    if isinstance(config, dict):
-        return {k: _without_compile_config(v) for k, v in config.items() if k != "compile_config"}
-    if isinstance(config, (list, tuple)):
-        return type(config)(_without_compile_config(item) for item in config)
-    return config
 
 
 @contextlib.contextmanager
