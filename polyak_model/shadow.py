@@ -16,6 +16,7 @@ class _Partners:
     raw: keras.Model
     all: tuple  # (average, raw)
     averaged: tuple  # (average, raw), or with compensation (average, raw, residual)
+    rounded: tuple  # (average, its float32 original), where weights have 16 bits
     copied: tuple  # (average, raw)
     penalized: tuple  # (average, raw) of weights with a regularizer
 
@@ -65,6 +66,7 @@ class Shadow(keras.layers.Layer):
             cloning.build_like(raw, self.model)
         partners = self._pair(raw)
         backend.assign(partners.all)
+        backend.assign((original, average) for average, original in partners.rounded)
         cloning.copy_outside_weights(raw, self.model)
         if probe is not None:
             cloning.check_same_outputs(raw, self.model, probe)
@@ -88,29 +90,34 @@ class Shadow(keras.layers.Layer):
         cloning.check_disjoint(raw, self.model)
         pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, self.model))
         moving = _non_trainable_weights(self.model)
-        averaged, copied = [], []
+        averaged, rounded, copied = [], [], []
         for average, w in pairs:
             average.trainable = False
             by_value = self.non_trainable == "copy" and id(average) in moving
-            if keras.backend.is_float_dtype(average.dtype) and not by_value:
-                averaged.append((average, w, *self._residual_of(average)))
-            else:
+            if by_value or not keras.backend.is_float_dtype(average.dtype):
                 copied.append((average, w))
+                continue
+            original = average
+            if average.dtype in ("float16", "bfloat16"):
+                # At a decay of 0.999 a step is smaller than what 16 bits can tell.
+                original = self._add_beside(average, "original", "float32")
+                rounded.append((average, original))
+            residual = ()
+            if self.compensated:
+                residual = (self._add_beside(original, "residual", original.dtype),)
+            averaged.append((original, w, *residual))
         penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
-        return _Partners(raw, pairs, tuple(averaged), tuple(copied), penalized)
+        return _Partners(raw, pairs, tuple(averaged), tuple(rounded), tuple(copied), penalized)
 
-    def _residual_of(self, average):
-        if not self.compensated:
-            return ()
+    def _add_beside(self, average, role, dtype):
         with backend.device(self.device):
-            residual = self.add_weight(
+            return self.add_weight(
                 shape=average.shape,
-                dtype=average.dtype,
+                dtype=dtype,
                 initializer="zeros",
                 trainable=False,
-                name=f"residual_{average.path.replace('/', '_')}",
+                name=f"{role}_{average.path.replace('/', '_')}",
             )
-        return (residual,)
 
     def mirror_until_begun(self):
         """Mirrors the raw weights if averaging has yet to begin.
@@ -124,6 +131,7 @@ class Shadow(keras.layers.Layer):
     def mirror(self):
         """Makes the average a copy of the raw weights, bit for bit."""
         backend.assign(self._partners.all)
+        backend.assign((original, average) for average, original in self._partners.rounded)
         for _, _, *residual in self._partners.averaged:
             for variable in residual:
                 variable.assign(ops.zeros_like(variable))
@@ -151,6 +159,7 @@ class Shadow(keras.layers.Layer):
             backend.move_compensated(self._partners.averaged, weight)
         else:
             backend.move(self._partners.averaged, weight)
+        backend.assign(self._partners.rounded, weight)
         backend.assign(self._partners.copied, weight)
 
     def reset(self):

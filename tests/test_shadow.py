@@ -1,3 +1,4 @@
+import closed_forms
 import keras
 import numpy as np
 import pytest
@@ -93,3 +94,38 @@ def test_a_shadow_starts_only_with_a_model_of_its_architecture():
     with pytest.raises(ValueError, match="must have the architecture"):
         model.shadow.start(other)
     assert not model.shadow.started
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize(("policy", "precision"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+@pytest.mark.parametrize(
+    "rule", [ExponentialAverage(0.999, debias=False), ExponentialAverage(0.999), UniformAverage()]
+)
+def test_the_average_of_16_bit_weights_is_right_to_half_a_rounding(
+    rule, policy, precision, compensated
+):
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, dtype=policy)])
+    model = PolyakModel(inner, rule, compensated=compensated)
+    update = tf.function(model.update_average)
+    generator = np.random.default_rng(0)
+    start, iterates = inner.get_weights(), []
+    for _ in range(300):
+        inner.set_weights([generator.normal(1, 0.1, w.shape) for w in inner.get_weights()])
+        iterates.append(inner.get_weights())
+        update()
+    expected = closed_forms.average(rule, start, iterates)
+    for average, received in zip(expected, model.average_model.get_weights(), strict=True):
+        assert received.dtype.name == policy
+        error = np.abs(received.astype("float64") - average)
+        assert np.all(error <= precision * np.abs(average) * 1.01 + 1e-7)
+
+
+def test_16_bit_weights_are_mirrored_bit_for_bit_until_averaging_begins():
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, dtype="bfloat16")])
+    model = PolyakModel(inner, ExponentialAverage(0.999, debias=False))
+    inner.set_weights([np.full(w.shape, 1 / 3) for w in inner.get_weights()])
+    for average, w in zip(model.average_model.get_weights(), inner.get_weights(), strict=True):
+        np.testing.assert_array_equal(average, w)
+    model.update_average()
+    for average, w in zip(model.average_model.get_weights(), inner.get_weights(), strict=True):
+        np.testing.assert_array_equal(average, w)

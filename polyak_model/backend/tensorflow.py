@@ -9,12 +9,12 @@ def assign(pairs, weight=1.0):
     """Copies values: `target = source` where `weight` is above 0.
 
     Args:
-        pairs: Iterable of `(target, source)` variables of equal shape and dtype.
+        pairs: Iterable of `(target, source)` variables of equal shape.
         weight: Scalar, 0 to change nothing. Defaults to 1.
     """
     always = isinstance(weight, float) and weight > 0
     for target, source in pairs:
-        value = tf.convert_to_tensor(source)
+        value = tf.cast(tf.convert_to_tensor(source), target.dtype)
         target.assign(value if always else tf.where(weight > 0, value, target))
 
 
@@ -25,12 +25,12 @@ def move(pairs, weight):
     for bit, and so does an iterate that equals the average.
 
     Args:
-        pairs: Iterable of `(average, iterate)` variables of equal shape and dtype.
+        pairs: Iterable of `(average, iterate)` variables of equal shape.
         weight: Scalar float64 tensor in [0, 1].
     """
     for average, iterate in pairs:
         c = tf.cast(weight, average.dtype)
-        a, w = tf.convert_to_tensor(average), tf.convert_to_tensor(iterate)
+        a, w = tf.convert_to_tensor(average), tf.cast(iterate, average.dtype)
         average.assign(tf.where(c == 1, w, a + c * (w - a)))
 
 
@@ -41,7 +41,7 @@ def move_compensated(triples, weight):
 
     Args:
         triples: Iterable of `(average, iterate, residual)` variables of equal
-            shape and dtype.
+            shape.
         weight: Scalar float64 tensor in [0, 1].
 
     Reference:
@@ -49,7 +49,7 @@ def move_compensated(triples, weight):
     """
     for average, iterate, residual in triples:
         c = tf.cast(weight, average.dtype)
-        a, w, r = (tf.convert_to_tensor(v) for v in (average, iterate, residual))
+        a, w, r = (tf.cast(v, average.dtype) for v in (average, iterate, residual))
         step = c * ((w - a) - r) + r
         moved = tf.where(c == 1, w, a + step)
         residual.assign(tf.where(c == 1, tf.zeros_like(r), step - (moved - a)))
