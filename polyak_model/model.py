@@ -34,7 +34,8 @@ class PolyakModel(RoutedModel):
         report: Routes that `evaluate` (and `fit` with validation data) reports
             in one pass, e.g. `("average", "raw", "ensemble")`. The metrics of
             `inference` have plain names, those of the others are prefixed:
-            `raw_loss`. Defaults to None: `inference` alone.
+            `raw_loss`. A callback that monitors a prefixed name needs its
+            `mode`. Defaults to None: `inference` alone.
         combine: How the ensemble joins outputs. `"mean"`; `"softmax"`, where
             outputs are logits and the joined one is the logarithm of the mean of
             the probabilities; or a callable from a list of outputs to one.

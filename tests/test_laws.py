@@ -233,6 +233,17 @@ def test_law_5_one_long_fit_gives_what_several_short_ones_give(rule, batches):
     assert_identical(models[0].average_model.get_weights(), models[1].average_model.get_weights())
 
 
+def test_law_5_several_steps_per_execution_give_what_single_ones_give(batches):
+    models = []
+    for steps in (1, 4):
+        inner = compile_classifier(make_classifier(), steps_per_execution=steps)
+        model = PolyakModel(inner, 0.9)
+        model.fit(*batches, batch_size=4, verbose=0, shuffle=False)
+        models.append(model)
+    assert models[0].average_step == models[1].average_step == 16
+    assert_identical(models[0].average_model.get_weights(), models[1].average_model.get_weights())
+
+
 # Law 7
 
 
