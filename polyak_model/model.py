@@ -120,7 +120,8 @@ class PolyakModel(RoutedModel):
     def average_model(self):
         """The clone that holds the average, a plain Keras model.
 
-        Until averaging begins it mirrors the raw model, also after weights were
+        Saved, it is compiled for evaluation, with the loss and metrics of the
+        raw model and plain SGD; compile it again to train it further. Until averaging begins it mirrors the raw model, also after weights were
         loaded there.
         """
         self.shadow.mirror_until_begun()
