@@ -120,9 +120,10 @@ class PolyakModel(RoutedModel):
     def average_model(self):
         """The clone that holds the average, a plain Keras model.
 
-        Saved, it is compiled for evaluation, with the loss and metrics of the
-        raw model and plain SGD; compile it again to train it further. Until averaging begins it mirrors the raw model, also after weights were
-        loaded there.
+        Until averaging begins it mirrors the raw model, also after weights were
+        loaded there. Saved, it is compiled for evaluation, with the loss and
+        metrics of the raw model and plain SGD; compile it again to train it
+        further.
         """
         self.shadow.mirror_until_begun()
         return self.shadow.model
