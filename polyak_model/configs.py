@@ -4,6 +4,7 @@ import collections
 import types
 
 import keras
+from keras.src.models import Functional
 
 
 def recreate(model):
@@ -18,15 +19,14 @@ def recreate(model):
     Raises:
         ValueError: If Keras cannot.
     """
-    lambdas = _lambda_functions(model)
+    known = {**_custom_objects(model), **_lambda_functions(model)}
     try:
-        config = keras.saving.serialize_keras_object(model)
-        return keras.saving.deserialize_keras_object(
-            _for_cloning(config, lambdas),
-            custom_objects={**_custom_objects(model), **lambdas},
-            # The config was made in this process, so a lambda in it is the user's own code.
-            safe_mode=False,
-        )
+        if _shares_across_models(model):
+            # Keras writes such a layer into the config of each nested model, as two.
+            return keras.models.clone_model(
+                model, clone_function=lambda layer: _recreate(layer, known), recursive=True
+            )
+        return _recreate(model, known)
     except Exception as error:
         raise ValueError(
             f"Keras cannot clone the model '{model.name}' of class {type(model).__name__}: "
@@ -34,6 +34,31 @@ def recreate(model):
             "or pass `clone_function`, a function without arguments that returns a fresh model of "
             "the same architecture: PolyakModel(model, clone_function=make_model)."
         ) from error
+
+
+def _recreate(layer, known):
+    config = keras.saving.serialize_keras_object(layer)
+    return keras.saving.deserialize_keras_object(
+        _for_cloning(config, known),
+        custom_objects=known,
+        # The config was made in this process, so a lambda in it is the user's own code.
+        safe_mode=False,
+    )
+
+
+def _shares_across_models(model):
+    # Only models that Keras itself puts together: others build what they share in `from_config`.
+    if not isinstance(model, (keras.Sequential, Functional)):
+        return False
+    owners = collections.Counter()
+    pending, seen = [model], set()
+    while pending:
+        owner = pending.pop()
+        if id(owner) not in seen:
+            seen.add(id(owner))
+            owners.update(id(layer) for layer in owner.layers)
+            pending += [layer for layer in owner.layers if isinstance(layer, keras.Model)]
+    return max(owners.values(), default=0) > 1
 
 
 def _custom_objects(model):
@@ -60,16 +85,16 @@ def _lambda_functions(model):
     }
 
 
-def _for_cloning(config, lambdas):
+def _for_cloning(config, known):
     # Without what the models were compiled with, and with the live functions of Lambda layers.
     if isinstance(config, (list, tuple)):
-        return type(config)(_for_cloning(item, lambdas) for item in config)
+        return type(config)(_for_cloning(item, known) for item in config)
     if not isinstance(config, dict):
         return config
-    config = {k: _for_cloning(v, lambdas) for k, v in config.items() if k != "compile_config"}
+    config = {k: _for_cloning(v, known) for k, v in config.items() if k != "compile_config"}
     if config.get("class_name") == "Lambda":
         key = f"function of {config['config'].get('name')}"
-        if key in lambdas:
+        if key in known:
             config["config"]["function"] = {
                 "module": None,
                 "class_name": "function",

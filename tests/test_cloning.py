@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 from models import LazyClassifier, compile_classifier, make_classifier
 
-from polyak_model import PolyakModel, cloning
+from polyak_model import PolyakModel, UniformAverage, cloning
 
 
 def make_functional():
@@ -200,19 +200,32 @@ def test_a_clone_function_may_leave_out_layers_without_weights():
     np.testing.assert_array_equal(model.predict(x, verbose=0), inner.predict(x, verbose=0))
 
 
-def test_a_layer_shared_between_nested_models_is_refused_with_the_way_out():
-    def make():
-        shared = layers.Dense(3, name="shared")
-        first = keras.Sequential([keras.Input((3,)), shared, layers.ReLU()])
-        second = keras.Sequential([keras.Input((3,)), shared, layers.Dense(3)])
-        inputs = keras.Input((3,))
-        return keras.Model(inputs, layers.Add()([first(inputs), second(inputs)]))
+def make_sharing():
+    shared = layers.BatchNormalization(name="shared")
+    doubled = layers.Lambda(lambda x: 2 * x)
+    first = keras.Sequential([keras.Input((3,)), shared, doubled])
+    second = keras.Sequential([keras.Input((3,)), layers.Dense(3), shared])
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, layers.Add()([first(inputs), second(inputs), shared(inputs)]))
 
-    with pytest.raises(ValueError, match="Received a clone with 6.*`clone_function`"):
-        PolyakModel(make())
-    model = PolyakModel(make(), clone_function=make)
-    x = np.ones((2, 3), "float32")
+
+def make_sharing_sequence():
+    shared = layers.Dense(3)
+    return keras.Sequential([keras.Input((3,)), shared, keras.Sequential([shared, layers.ReLU()])])
+
+
+@pytest.mark.parametrize("make", [make_sharing, make_sharing_sequence])
+def test_a_layer_shared_between_nested_models_is_shared_in_the_clone(make):
+    model = PolyakModel(make(), UniformAverage())
+    assert len(model.average_model.weights) == len(model.raw_model.weights)
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
     np.testing.assert_array_equal(model(x), model.raw_model(x))
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0)
+    expected = model.predict(x, verbose=0, using="raw")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+    model.fit(x, x, verbose=0)
+    assert not np.array_equal(model.predict(x, verbose=0), model.predict(x, verbose=0, using="raw"))
 
 
 WORDS = np.array([["red"], ["blue"], ["red"], ["green"]])
