@@ -2,6 +2,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ import tensorflow as tf
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
+
+# A first call compiles and the machine may be busy: the time of one example says nothing.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
 

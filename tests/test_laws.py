@@ -109,7 +109,7 @@ def test_law_1_holds_with_compensation_to_half_a_rounding(mode, batches):
     assert_close(expected, model.average_model.get_weights(), ulps=0.6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     path=st.lists(
         st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=2, max_size=20
@@ -430,7 +430,7 @@ def test_law_10_wrapping_leaves_the_random_state_of_later_layers_alone():
 # Law 11
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     logits=st.lists(st.lists(st.floats(-30, 30), min_size=4, max_size=4), min_size=2, max_size=2),
     label=st.integers(0, 3),
