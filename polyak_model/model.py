@@ -125,12 +125,13 @@ class PolyakModel(RoutedModel):
         metrics of the raw model and plain SGD; compile it again to train it
         further.
         """
-        self.shadow.mirror_until_begun()
+        self.shadow.follow()
         return self.shadow.model
 
     @property
     def average_step(self):
         """Int: optimizer steps taken since averaging (re)started."""
+        self.shadow.absorb()
         return int(self.shadow.step.numpy())
 
     def update_average(self):
@@ -151,6 +152,7 @@ class PolyakModel(RoutedModel):
         1
         """
         self._check_built("update_average")
+        self.shadow.stop_following()
         self.shadow.update()
 
     def reset_average(self):
@@ -188,6 +190,7 @@ class PolyakModel(RoutedModel):
         True
         """
         self._check_built("apply_average")
+        self.shadow.follow()
         self.shadow.apply()
 
     def compile(self, *args, **kwargs):
@@ -293,10 +296,13 @@ class PolyakModel(RoutedModel):
         self.raw_model.trainable = value
 
     def call(self, inputs, training=None):
+        self.shadow.follow(training)
         if training:
             return self.raw_model(inputs)
-        self.shadow.mirror_until_begun()
-        return self._router.answer(self._routes()[0], lambda model: model(inputs))
+        answer = self._router.answer(self._routes()[0], lambda model: model(inputs))
+        # In a larger model these would be added to what the raw model is trained on.
+        self.shadow.model._clear_losses()
+        return answer
 
     def train_step(self, data):
         self._start_on_batch(data)
@@ -316,7 +322,8 @@ class PolyakModel(RoutedModel):
         return super().predict_step(data)
 
     def make_train_function(self, force=False):
-        self.shadow.mirror_until_begun()
+        self.shadow.follow()
+        self.shadow.stop_following()
         return super().make_train_function(force)
 
     def get_config(self):

@@ -61,7 +61,7 @@ class RoutedModel(keras.Model):
 
     @contextlib.contextmanager
     def _through(self, routes):
-        self._router.shadow.mirror_until_begun()
+        self._router.shadow.follow()
         previous, self._active = self._active, routes
         try:
             yield

@@ -17,15 +17,19 @@ class _Partners:
     all: tuple  # (average, raw)
     averaged: tuple  # (average, raw), or with compensation (average, raw, residual)
     rounded: tuple  # (average, its float32 original), where weights have 16 bits
-    copied: tuple  # (average, raw)
+    mirrored: tuple  # (average, raw), floats that follow by value
+    copied: tuple  # (average, raw), integers, booleans and seeds
     penalized: tuple  # (average, raw) of weights with a regularizer
+    learned: tuple  # raw, those that an optimizer trains unless they are frozen
 
 
 class Shadow(keras.layers.Layer):
     """An average model, the rule it follows, and the steps it has seen.
 
     It is a layer so that Keras saves its state: `step`, the optimizer steps
-    taken since averaging (re)started, and the residuals of compensation.
+    taken since averaging (re)started; `absorbed`, the fingerprint of the newest
+    iterate in the average while it follows by itself, else 0; and the residuals
+    of compensation.
 
     Args:
         model: The average model, an unshared clone of the raw model.
@@ -45,10 +49,14 @@ class Shadow(keras.layers.Layer):
         self.compensated = compensated
         self.device = device
         with backend.device(device):
-            self.step = self.add_weight(
-                shape=(), dtype="int64", initializer="zeros", trainable=False, name="step"
-            )
+            self.step = self._add_counter("step")
+            self.absorbed = self._add_counter("absorbed")
         self._partners = None
+
+    def _add_counter(self, name):
+        return self.add_weight(
+            shape=(), dtype="int64", initializer="zeros", trainable=False, name=name
+        )
 
     @property
     def started(self):
@@ -90,12 +98,16 @@ class Shadow(keras.layers.Layer):
         cloning.check_disjoint(raw, self.model)
         pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, self.model))
         moving = _non_trainable_weights(self.model)
-        averaged, rounded, copied = [], [], []
+        averaged, rounded, mirrored, copied, learned = [], [], [], [], []
         for average, w in pairs:
             average.trainable = False
-            by_value = self.non_trainable == "copy" and id(average) in moving
-            if by_value or not keras.backend.is_float_dtype(average.dtype):
+            if not keras.backend.is_float_dtype(average.dtype):
                 copied.append((average, w))
+                continue
+            if id(average) not in moving:
+                learned.append(w)
+            elif self.non_trainable == "copy":
+                mirrored.append((average, w))
                 continue
             original = average
             if average.dtype in ("float16", "bfloat16"):
@@ -107,7 +119,8 @@ class Shadow(keras.layers.Layer):
                 residual = (self._add_beside(original, "residual", original.dtype),)
             averaged.append((original, w, *residual))
         penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
-        return _Partners(raw, pairs, tuple(averaged), tuple(rounded), tuple(copied), penalized)
+        groups = (averaged, rounded, mirrored, copied)
+        return _Partners(raw, pairs, *map(tuple, groups), penalized, tuple(learned))
 
     def _add_beside(self, average, role, dtype):
         with backend.device(self.device):
@@ -119,23 +132,17 @@ class Shadow(keras.layers.Layer):
                 name=f"{role}_{average.path.replace('/', '_')}",
             )
 
-    def mirror_until_begun(self):
-        """Mirrors the raw weights if averaging has yet to begin.
-
-        They may have been loaded or assigned since. Inside a trace it does
-        nothing.
-        """
-        if self.started and backend.runs_eagerly() and int(self.step) <= self.rule.start_step:
-            self.mirror()
-
     def mirror(self):
-        """Makes the average a copy of the raw weights, bit for bit."""
+        """Makes the average a copy of the raw model, bit for bit."""
+        self._mirror_weights()
+        cloning.copy_outside_weights(self._partners.raw, self.model)
+
+    def _mirror_weights(self):
         backend.assign(self._partners.all)
         backend.assign((original, average) for average, original in self._partners.rounded)
         for _, _, *residual in self._partners.averaged:
             for variable in residual:
                 variable.assign(ops.zeros_like(variable))
-        cloning.copy_outside_weights(self._partners.raw, self.model)
 
     def update(self, stepped=True, may_skip=False):
         """Takes one step of averaging.
@@ -160,17 +167,68 @@ class Shadow(keras.layers.Layer):
         else:
             backend.move(self._partners.averaged, weight)
         backend.assign(self._partners.rounded, weight)
+        backend.move(self._partners.mirrored, ops.cast(weight > 0, "float64"))
         backend.assign(self._partners.copied, weight)
+
+    def follow(self, training=False):
+        """Catches up with the raw weights, wherever the average is about to be used.
+
+        Until averaging begins the average mirrors them, since they may have
+        been loaded or assigned; then it is `absorb`.
+
+        Args:
+            training: Bool. Whether a forward pass in training comes next.
+                Defaults to False.
+        """
+        if self.started and backend.keeps_updates():
+            with backend.lift():
+                if not int(self.absorbed) and int(self.step) <= self.rule.start_step:
+                    self.mirror()
+            self.absorb(training)
+
+    def absorb(self, training=False):
+        """Takes the step that the raw weights have taken since this was last called, if any.
+
+        It is for weights that someone else trains, who knows nothing of the
+        average: before each forward pass in training, and wherever the average
+        is used, the weights as they are now are the newest iterate.
+
+        Args:
+            training: Bool. Whether a forward pass in training comes next, so
+                that the average follows from here. Defaults to False.
+        """
+        if backend.runs_eagerly() and not training and not int(self.absorbed):
+            return
+        follows = ops.convert_to_tensor(self.absorbed) != 0
+        unbegun = ops.convert_to_tensor(self.step) <= self.rule.start_step
+        backend.when(ops.logical_and(ops.logical_not(follows), unbegun), self._mirror_weights)
+        if training:
+            self._absorb()
+        else:
+            backend.when(follows, self._absorb)
+
+    def _absorb(self):
+        absorbed = ops.convert_to_tensor(self.absorbed)
+        present = backend.fingerprint(self._partners.learned)
+        backend.when(ops.logical_and(absorbed != 0, present != absorbed), self.update)
+        self.absorbed.assign(present)
+
+    def stop_following(self):
+        """Leaves it to calls of `update` to say when the raw weights took a step."""
+        self.absorbed.assign(0)
 
     def reset(self):
         """Forgets the past: the average becomes the present raw weights."""
         self.step.assign(0)
+        self.stop_following()
         self.mirror()
 
     def apply(self):
         """Copies the average into the raw model."""
         backend.assign((w, average) for average, w in self._partners.all)
         cloning.copy_outside_weights(self.model, self._partners.raw)
+        if int(self.absorbed):
+            self.absorbed.assign(backend.fingerprint(self._partners.learned))
 
     @contextlib.contextmanager
     def penalties(self):

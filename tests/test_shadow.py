@@ -129,3 +129,40 @@ def test_16_bit_weights_are_mirrored_bit_for_bit_until_averaging_begins():
     model.update_average()
     for average, w in zip(model.average_model.get_weights(), inner.get_weights(), strict=True):
         np.testing.assert_array_equal(average, w)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_entry_that_is_not_finite_leaves_its_entry_of_the_average(bad, policy, compensated):
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype=policy)])
+    model = PolyakModel(inner, UniformAverage(), compensated=compensated)
+    for kernel in (1.0, 2.0, bad, bad, 8.0):
+        inner.set_weights([np.array([[kernel, 4]] * 3), np.array([kernel, 4])])
+        model.update_average()
+    # The two bad steps count, as if the average itself had been the iterate.
+    expected = 1.5 + (8 - 1.5) / 5
+    kernel, bias = (w.astype("float32") for w in model.average_model.get_weights())
+    np.testing.assert_allclose(kernel, [[expected, 4]] * 3, rtol=2.0**-8)
+    np.testing.assert_allclose(bias, [expected, 4], rtol=2.0**-8)
+    assert model.average_step == 5
+
+
+@pytest.mark.parametrize("non_trainable", ["average", "copy"])
+def test_training_that_ends_in_numbers_that_are_not_keeps_the_last_finite_average(
+    non_trainable, batches, mode
+):
+    x, y = batches[0], batches[1].astype("float32")
+    inner = make_classifier()
+    model = PolyakModel(inner, UniformAverage(), non_trainable=non_trainable)
+    model.compile("sgd", lambda y, p: keras.ops.mean((y[:, None] - p) ** 2), **mode)
+    model.fit(x, y, batch_size=8, verbose=0)
+    finite = model.average_model.get_weights()
+    model.fit(x, y * np.nan, batch_size=8, epochs=2, verbose=0)
+    assert np.isnan(inner.get_weights()[0]).any()
+    after = model.average_model.get_weights()
+    assert all(np.isfinite(w).all() for w in after)
+    assert np.isfinite(model.predict(x, verbose=0)).all()
+    # The statistics see finite activations once more, before the weights spoil those.
+    for i in set(range(len(after))) - {4, 5}:
+        np.testing.assert_array_equal(finite[i], after[i])

@@ -12,6 +12,8 @@ if keras.backend.backend() != "tensorflow":
 from polyak_model.backend.tensorflow import (
     assign,
     device,
+    fingerprint,
+    keeps_updates,
     lift,
     may_skip_steps,
     move,
@@ -26,6 +28,8 @@ from polyak_model.backend.tensorflow import (
 __all__ = [
     "assign",
     "device",
+    "fingerprint",
+    "keeps_updates",
     "lift",
     "may_skip_steps",
     "move",

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 from keras import tree
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 
 def assign(pairs, weight=1.0):
@@ -22,7 +23,8 @@ def move(pairs, weight):
     """Moves averages: `average += weight * (iterate - average)`.
 
     A weight of 1 makes the average the iterate, a weight of 0 leaves it, bit
-    for bit, and so does an iterate that equals the average.
+    for bit, and so does an iterate that equals the average. Where the iterate
+    is infinite or not a number, the average stays.
 
     Args:
         pairs: Iterable of `(average, iterate)` variables of equal shape.
@@ -31,13 +33,15 @@ def move(pairs, weight):
     for average, iterate in pairs:
         c = tf.cast(weight, average.dtype)
         a, w = tf.convert_to_tensor(average), tf.cast(iterate, average.dtype)
+        w = tf.where(tf.math.is_finite(w), w, a)
         average.assign(tf.where(c == 1, w, a + c * (w - a)))
 
 
 def move_compensated(triples, weight):
     """Moves averages and carries along what rounding took (Kahan).
 
-    The average to twice the precision is `average + residual`.
+    The average to twice the precision is `average + residual`. Where the
+    iterate is infinite or not a number, both stay.
 
     Args:
         triples: Iterable of `(average, iterate, residual)` variables of equal
@@ -52,8 +56,47 @@ def move_compensated(triples, weight):
         a, w, r = (tf.cast(v, average.dtype) for v in (average, iterate, residual))
         step = c * ((w - a) - r) + r
         moved = tf.where(c == 1, w, a + step)
-        residual.assign(tf.where(c == 1, tf.zeros_like(r), step - (moved - a)))
-        average.assign(moved)
+        rest = tf.where(c == 1, tf.zeros_like(r), step - (moved - a))
+        finite = tf.math.is_finite(w)
+        residual.assign(tf.where(finite, rest, r))
+        average.assign(tf.where(finite, moved, a))
+
+
+def fingerprint(variables):
+    """Returns a number that changes with the values of variables, an int64 tensor above or below 0.
+
+    It is a sum over the bits, each with a multiplier of its own, so the order
+    of summation does not matter; two sets of values have one number with a
+    probability near 2**-64.
+
+    Args:
+        variables: Iterable of variables.
+    """
+    total = tf.constant(0, "int64")
+    for variable in variables:
+        bits = _bits(tf.convert_to_tensor(variable))
+        total = total * _ODD + tf.reduce_sum(bits * _multipliers(bits.shape[0]))
+    return tf.where(total == 0, tf.ones_like(total), total)
+
+
+# The golden ratio in 64 bits, as in Fibonacci hashing: neighbours get numbers far apart.
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+
+
+def _multipliers(count):
+    spread = tf.range(1, count + 1, dtype="int64") * _ODD
+    high = tf.bitwise.right_shift(spread, tf.constant(32, "int64"))
+    return tf.bitwise.bitwise_or(tf.bitwise.bitwise_xor(spread, high), tf.constant(1, "int64"))
+
+
+def _bits(values):
+    # As 64-bit integers: devices multiply those in place, 32-bit ones often on the host.
+    lanes = 8 // values.dtype.size
+    flat = tf.reshape(values, [-1])
+    if lanes == 1:
+        return tf.bitcast(flat, "int64")
+    padded = tf.pad(flat, [[0, -values.shape.num_elements() % lanes]])
+    return tf.bitcast(tf.reshape(padded, [-1, lanes]), "int64")
 
 
 def when(condition, function):
@@ -108,6 +151,11 @@ def _optimizers(model):
 def runs_eagerly():
     """Tells whether operations run now, rather than being traced."""
     return tf.executing_eagerly()
+
+
+def keeps_updates():
+    """Tells whether an assignment will stand: not while Keras only asks for shapes."""
+    return not in_stateless_scope()
 
 
 def device(name):

@@ -37,10 +37,40 @@ def test_compensation_keeps_the_sum_of_average_and_residual_exact(average, itera
     assert np.abs(received - expected).max() <= 2.5e-7 * scale
 
 
-def test_an_infinite_iterate_is_copied_by_a_weight_of_one():
-    a, w = variables([1.0], [np.inf])
-    backend.move([(a, w)], tf.constant(1.0, "float64"))
-    assert np.isinf(a.numpy()).all()
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_average_stays_where_the_iterate_is_not_finite(bad, weight):
+    a, w, r = variables([1.0, 1.0], [bad, 2.0], [1e-9, 0.0])
+    backend.move_compensated([(a, w, r)], tf.constant(weight, "float64"))
+    np.testing.assert_allclose(a.numpy(), [1, 1 + weight], rtol=1e-7)
+    np.testing.assert_array_equal(r.numpy()[0], np.float32(1e-9))
+    (a,) = variables([1.0, 1.0])
+    backend.move([(a, w)], tf.constant(weight, "float64"))
+    np.testing.assert_allclose(a.numpy(), [1, 1 + weight], rtol=1e-7)
+
+
+SHAPES = [(), (1,), (5,), (2, 4), (7, 3)]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_fingerprint_is_the_same_however_it_is_computed(dtype):
+    several = [keras.Variable(np.random.rand(*shape), dtype=dtype) for shape in SHAPES]
+
+    def take():
+        return backend.fingerprint(several)
+
+    assert int(take()) == int(tf.function(take)()) == int(tf.function(take, jit_compile=True)())
+
+
+@given(
+    values=st.lists(st.integers(-8, 8), min_size=6, max_size=6),
+    steps=st.lists(st.integers(-2, 2), min_size=6, max_size=6),
+)
+def test_a_fingerprint_tells_any_two_values_apart(values, steps):
+    values, moved = np.array(values, "float32"), np.array(values, "float32") + np.array(steps)
+    one, other = (backend.fingerprint(variables(v[:4], v[4:])) for v in (values, moved))
+    assert (int(one) == int(other)) == np.array_equal(values, moved)
+    assert int(one) != 0
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool"])
