@@ -98,7 +98,6 @@ SETTINGS = {
         {"class_weight": {0: 1.0, 1: 5.0, 2: 0.5}},
         {"weighted_metrics": ["accuracy"]},
     ),
-    "eager": ({}, {"run_eagerly": True}),
     "loss-weights": ({}, {"loss_weights": [0.5]}),
 }
 
