@@ -9,7 +9,7 @@ from polyak_model.ensemble import check_combine
 from polyak_model.routed import RoutedModel
 from polyak_model.routing import Router, check_report, check_route
 from polyak_model.shadow import Shadow
-from polyak_model.wrapping import check_clone_function, check_model, refuse_second_average
+from polyak_model.wrapping import check_clone_function, check_model, check_optimizers
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
@@ -201,8 +201,8 @@ class PolyakModel(RoutedModel):
             **kwargs: The keyword arguments of the raw model's `compile`.
 
         Raises:
-            ValueError: If the optimizer averages by itself (`use_ema=True`), or
-                a metric cannot be copied.
+            ValueError: If the optimizer averages by itself (`use_ema=True`,
+                `ScheduleFreeAdamW`), or a metric cannot be copied.
 
         Example:
 
@@ -212,14 +212,14 @@ class PolyakModel(RoutedModel):
         >>> inner.optimizer is model.optimizer
         True
         """
-        refuse_second_average((args, kwargs))
+        check_optimizers((args, kwargs))
         self._router.check_metrics((args, kwargs))
         self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
 
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
-        refuse_second_average(raw.optimizer)
+        check_optimizers(raw.optimizer)
         self._router.compile(args, kwargs)
         super().compile(
             optimizer=raw.optimizer,

@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+from keras import tree
 
 from polyak_model import routing
 
@@ -91,6 +92,38 @@ class RoutedModel(keras.Model):
             routes, [self._router.model(route).get_metrics_result() for route in routes]
         )
 
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        *args,
+        **kwargs,
+    ):
+        """Trains as `keras.Model.fit` does, with the same arguments.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: If a callback swaps weights, or the model is not compiled.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from polyak_model import PolyakModel
+        >>> model = PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> history = model.fit(np.ones((8, 3)), np.ones((8, 1)), epochs=2, verbose=0)
+        >>> len(history.history["loss"])
+        2
+        """
+        _check_callbacks(callbacks)
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+
     def evaluate(
         self,
         x=None,
@@ -131,6 +164,7 @@ class RoutedModel(keras.Model):
         >>> sorted(model.evaluate(x, y, verbose=0, return_dict=True, using="raw"))
         ['loss']
         """
+        _check_callbacks(callbacks)
         with self._through(self._reported(using)):
             return super().evaluate(
                 x=x,
@@ -165,6 +199,7 @@ class RoutedModel(keras.Model):
         >>> PolyakModel(inner).predict(np.ones((8, 3)), using="ensemble", verbose=0).shape
         (8, 2)
         """
+        _check_callbacks(callbacks)
         with self._through(self._answering(using)):
             return super().predict(
                 x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
@@ -181,3 +216,14 @@ class RoutedModel(keras.Model):
         """Predicts one batch; see `predict` for `using`."""
         with self._through(self._answering(using)):
             return super().predict_on_batch(x)
+
+
+def _check_callbacks(callbacks):
+    listed = getattr(callbacks, "callbacks", callbacks)  # `fit` passes a CallbackList on.
+    if any(isinstance(each, keras.callbacks.SwapEMAWeights) for each in tree.flatten(listed)):
+        raise ValueError(
+            "`callbacks` must not swap averaged weights into the model. Received: SwapEMAWeights, "
+            "which serves optimizers with use_ema=True. Remove the callback: a PolyakModel "
+            "evaluates and predicts through its average already, and `average_model` is the model "
+            "to save."
+        )

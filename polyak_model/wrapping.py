@@ -1,7 +1,6 @@
 """What may be wrapped: checks of models and optimizers, before anything changes."""
 
 import keras
-from keras import tree
 
 from polyak_model.routed import RoutedModel
 
@@ -27,7 +26,7 @@ def check_model(model):
             f"'{model.name}'>. Wrap model.raw_model instead, or change its rule."
         )
     if model.compiled:
-        refuse_second_average(model.optimizer)
+        check_optimizers(model.optimizer)
 
 
 def check_clone_function(clone_function):
@@ -44,18 +43,45 @@ def check_clone_function(clone_function):
         )
 
 
-def refuse_second_average(arguments):
+def check_optimizers(arguments):
     """Raises `ValueError` if an optimizer averages by itself.
 
     Args:
-        arguments: An optimizer, or a nested structure that may hold several.
+        arguments: An optimizer, its name or its config, or a nested structure
+            that may hold several.
     """
-    for optimizer in tree.flatten(arguments):
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
-        if isinstance(inner, keras.optimizers.Optimizer) and inner.use_ema:
+    for name, settings in _describe_optimizers(arguments):
+        if settings.get("use_ema"):
+            momentum = settings.get("ema_momentum", 0.99)
             raise ValueError(
                 "`optimizer` must not average by itself inside a PolyakModel. Received: "
-                f"{type(inner).__name__}(use_ema=True, ema_momentum={inner.ema_momentum}). Remove "
-                "use_ema=True from the optimizer and keep PolyakModel(model, "
-                f"average={inner.ema_momentum}), or keep the optimizer and remove PolyakModel."
+                f"{name}(use_ema=True, ema_momentum={momentum}). Remove use_ema=True from the "
+                f"optimizer and keep PolyakModel(model, average={momentum}), or keep the optimizer "
+                "and remove PolyakModel."
             )
+        if name.lower() == "schedulefreeadamw":
+            raise ValueError(
+                "`optimizer` must not average by itself inside a PolyakModel. Received: "
+                "ScheduleFreeAdamW, which keeps the iterates to itself and gives the model a "
+                "mixture of the newest one and their mean, so that the weights are no iterates to "
+                "average. Use keras.optimizers.AdamW and keep PolyakModel, or keep the optimizer "
+                "and remove PolyakModel."
+            )
+
+
+def _describe_optimizers(value):
+    """Yields the class name and the settings of everything that may be an optimizer."""
+    if isinstance(value, keras.optimizers.Optimizer):
+        for kind in type(value).__mro__:
+            yield kind.__name__, vars(value)
+        yield from _describe_optimizers(getattr(value, "inner_optimizer", None))
+        yield from _describe_optimizers(getattr(value, "optimizers", None))
+    elif isinstance(value, dict):
+        if isinstance(value.get("class_name"), str):
+            yield value["class_name"], value.get("config") or {}
+        yield from _describe_optimizers(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _describe_optimizers(part)
+    elif isinstance(value, str):
+        yield value, {}

@@ -2,10 +2,12 @@
 
 import itertools
 
+import closed_forms
 import keras
+import numpy as np
 from keras import layers
 
-from polyak_model import PolyakModel
+from polyak_model import PolyakModel, UniformAverage
 
 CROSSENTROPY = "sparse_categorical_crossentropy"
 
@@ -43,17 +45,28 @@ class LazyClassifier(keras.Model):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Records the raw weights after each batch, and the optimizer's step."""
+    """Records the raw weights after each batch, whether the optimizer took a step, and the logs.
+
+    One recorder may follow several fits, with other optimizers.
+    """
 
     def __init__(self, raw):
         super().__init__()
         self.raw = raw
         self.weights = []
-        self.steps = [self.step()]
+        self.advances = []
+        self.logs = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.before = self.step()
 
     def on_train_batch_end(self, batch, logs=None):
         self.weights.append(self.raw.get_weights())
-        self.steps.append(self.step())
+        self.advances.append(self.step() > self.before)
+        self.logs.append(dict(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs.append(dict(logs))
 
     def step(self):
         """Returns the steps that the optimizer, or the one inside it, has taken."""
@@ -62,8 +75,7 @@ class Recorder(keras.callbacks.Callback):
 
     def iterates(self):
         """Returns the weights after each batch at which the optimizer took a step."""
-        advances = [after > before for before, after in itertools.pairwise(self.steps)]
-        return list(itertools.compress(self.weights, advances))
+        return list(itertools.compress(self.weights, self.advances))
 
 
 def compile_classifier(model, optimizer="adam", **kwargs):
@@ -76,4 +88,64 @@ def trained(batches, average=0.9, epochs=1, **kwargs):
     """Wraps the classifier, fits it and returns the wrapper."""
     model = PolyakModel(compile_classifier(make_classifier()), average, **kwargs)
     model.fit(*batches, batch_size=4, epochs=epochs, verbose=0)
+    return model
+
+
+def make_compiled(optimizer="adam", **kwargs):
+    """Makes the classifier and compiles it."""
+    return compile_classifier(make_classifier(), optimizer, **kwargs)
+
+
+def assert_identical(expected, received):
+    """Compares lists of arrays bit for bit."""
+    assert len(expected) == len(received)
+    for one, other in zip(expected, received, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def assert_close(expected, received, ulps):
+    """Compares to `ulps` float32 roundings of the largest weight of each tensor."""
+    assert len(expected) == len(received)
+    for one, other in zip(expected, received, strict=True):
+        scale = np.finfo("float32").eps * np.abs(one).max(initial=0)
+        np.testing.assert_allclose(other, one, rtol=0, atol=ulps * scale)
+
+
+def assert_trains_as_bare(fit, make=make_compiled, rule=None):
+    """Trains a model bare and wrapped, and compares: laws 10 and 1.
+
+    Iterates, logs and the optimizer's variables must agree bit for bit, and the
+    average must be that of the iterates. The wrapper answers through the raw
+    model, so that validation logs agree, too.
+
+    Args:
+        fit: Callable from a model and a `Recorder`, a callback that it must
+            pass on, that trains the model.
+        make: `() -> keras.Model`, compiled and built.
+        rule: A `Rule`. Defaults to the uniform average.
+
+    Returns:
+        The wrapper.
+    """
+    rule = rule or UniformAverage()
+    recorders = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(5)
+        inner = make()
+        start = inner.get_weights()
+        model = PolyakModel(inner, rule, inference="raw") if wrap else inner
+        recorders.append(Recorder(inner))
+        fit(model, recorders[-1])
+    bare, wrapped = recorders
+    assert bare.logs == wrapped.logs
+    assert len(bare.weights) == len(wrapped.weights)
+    for one, other in zip(bare.weights, wrapped.weights, strict=True):
+        assert_identical(one, other)
+    assert_identical(bare.raw.get_weights(), wrapped.raw.get_weights())
+    assert_identical(*([v.numpy() for v in r.raw.optimizer.variables] for r in recorders))
+    iterates = wrapped.iterates()
+    assert model.average_step == len(iterates) > 1
+    assert any(not np.array_equal(*pair) for pair in zip(iterates[-2], iterates[-1], strict=True))
+    expected = closed_forms.average(rule, start, iterates)
+    assert_close(expected, model.average_model.get_weights(), ulps=4)
     return model

@@ -12,6 +12,8 @@ from models import (
     CROSSENTROPY,
     LazyClassifier,
     Recorder,
+    assert_close,
+    assert_identical,
     compile_classifier,
     make_classifier,
     trained,
@@ -24,20 +26,6 @@ RULES = pytest.mark.parametrize("rule", closed_forms.RULES.values(), ids=closed_
 FITTED = pytest.mark.parametrize(
     "rule", [closed_forms.RULES[name] for name in ("debiased", "biased", "late-and-rare")]
 )
-
-
-def assert_identical(expected, received):
-    assert len(expected) == len(received)
-    for one, other in zip(expected, received, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def assert_close(expected, received, ulps):
-    """Compares to `ulps` float32 roundings of the largest weight of each tensor."""
-    assert len(expected) == len(received)
-    for one, other in zip(expected, received, strict=True):
-        scale = np.finfo("float32").eps * np.abs(one).max(initial=0)
-        np.testing.assert_allclose(other, one, rtol=0, atol=ulps * scale)
 
 
 def as_function(function, run_eagerly=False, jit_compile=False):

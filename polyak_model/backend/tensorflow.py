@@ -123,9 +123,8 @@ def optimizer_step(model):
     Args:
         model: A compiled `keras.Model`.
     """
-    # A loss-scaling optimizer counts its steps in the one inside; not every Keras passes that on.
-    inner = [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in _optimizers(model)]
-    return tf.add_n([tf.cast(tf.convert_to_tensor(o.iterations), "int64") for o in inner])
+    counts = [optimizer.iterations for optimizer in _stepping_optimizers(model)]
+    return tf.add_n([tf.cast(tf.convert_to_tensor(count), "int64") for count in counts])
 
 
 def may_skip_steps(model):
@@ -134,10 +133,9 @@ def may_skip_steps(model):
     Args:
         model: A compiled `keras.Model`.
     """
-    return any(
-        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        or optimizer.gradient_accumulation_steps
-        for optimizer in _optimizers(model)
+    scaling = keras.optimizers.LossScaleOptimizer
+    return any(isinstance(optimizer, scaling) for optimizer in _optimizers(model)) or any(
+        optimizer.gradient_accumulation_steps for optimizer in _stepping_optimizers(model)
     )
 
 
@@ -146,6 +144,18 @@ def _optimizers(model):
     return [
         value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)
     ]
+
+
+def _stepping_optimizers(model):
+    # A loss-scaling optimizer counts its steps in the one inside; not every Keras passes that on.
+    # One made of several counts batches, whether or not those inside take a step.
+    found = []
+    for optimizer in _optimizers(model):
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if hasattr(inner, "optimizers") and not inner.built:
+            inner.build(model.trainable_variables)  # It may choose them only now.
+        found.extend(getattr(inner, "optimizers", [inner]))
+    return found
 
 
 def runs_eagerly():
