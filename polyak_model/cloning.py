@@ -1,19 +1,14 @@
-"""An unshared copy of a model, checked: disjoint variables, same outputs."""
+"""An unshared copy of a model: paired variables, none of them shared."""
 
 import contextlib
 import os
 import random
 import tempfile
+import warnings
 
 import keras
-import numpy as np
-from keras import tree
 
 from polyak_model.configs import recreate
-
-# One forward pass with the same values gives the same outputs up to the order of sums, which
-# threads may change; state left behind by the clone (an adapted mean, a table) shows far above it.
-_OUTPUT_TOLERANCE = 1e-3
 
 
 def clone_model(model, clone_function=None):
@@ -79,6 +74,26 @@ def has_weights(model):
         return bool(model.weights) or layers_built
     builds_itself = type(model).build is not keras.Model.build
     return bool(model.weights) and layers_built and not builds_itself
+
+
+def build_on(model, inputs, batch=None):
+    """Creates the weights of a model from what it takes.
+
+    Args:
+        model: A `keras.Model`.
+        inputs: A `keras.KerasTensor`, or a nested structure of them.
+        batch: Values of these shapes, for a model that only runs eagerly; or
+            None.
+    """
+    if batch is None:
+        model(inputs)
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # There is a second way.
+            model(inputs)
+    except Exception:
+        model(batch)
 
 
 def build_like(model, clone):
@@ -182,92 +197,16 @@ def copy_outside_weights(model, clone):
             copy.finalize_state()
 
 
+def has_empty_table(model):
+    """Tells whether a lookup layer of a model has yet to be adapted, so that it cannot answer.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    return any(_is_empty_table(layer) for layer in model._flatten_layers())
+
+
 def _is_empty_table(layer):
     # Keras saves the table of a layer that was never adapted, but cannot load it.
     kinds = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
     return isinstance(layer, kinds) and not layer.get_vocabulary(include_special_tokens=False)
-
-
-def check_same_outputs(model, clone, inputs):
-    """Raises `ValueError` unless both models answer alike, given the same state.
-
-    Nothing is changed by the check: both passes run without side effects, the
-    clone with all values of the model, seeds included.
-
-    Args:
-        model: A built `keras.Model`.
-        clone: Its clone, with the same weights.
-        inputs: A batch, or a nested structure of batches.
-    """
-    values = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
-    # A clone made by `clone_function` may leave out layers without weights, such as dropout.
-    alike = len(model.variables) == len(clone.variables)
-    state = list(zip(clone.variables, values, strict=True)) if alike else []
-    try:
-        with keras.StatelessScope():
-            expected = model(inputs, training=False)
-    except Exception:  # The probe does not suit the model, so there is nothing to compare.
-        return
-    try:
-        with keras.StatelessScope(state_mapping=state):
-            received = clone(inputs, training=False)
-    except Exception as error:
-        raise ValueError(
-            f"The model '{model.name}' answers, but its clone fails: {error}\nKeras copies no "
-            "variables that a Lambda layer refers to, for instance. Pass `clone_function`, a "
-            "function without arguments that returns a fresh model of the same architecture."
-        ) from error
-    tree.assert_same_structure(expected, received)
-    for ours, theirs in zip(tree.flatten(expected), tree.flatten(received), strict=True):
-        if not _agree(keras.ops.convert_to_numpy(ours), keras.ops.convert_to_numpy(theirs)):
-            raise ValueError(
-                f"The clone of the model '{model.name}' has the same weights but other outputs, so "
-                "the model holds state outside its weights (an adapted layer or a lookup table, "
-                "for instance) that its `get_config()` leaves out. Pass `clone_function`, a "
-                "function that returns a fresh model with that state."
-            )
-
-
-def _agree(expected, received):
-    if expected.shape != received.shape:
-        return False
-    if not np.issubdtype(expected.dtype, np.inexact):
-        return np.array_equal(expected, received)
-    expected, received = expected.astype("float64"), received.astype("float64")
-    scale = np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected))
-    return np.allclose(expected, received, rtol=0, atol=_OUTPUT_TOLERANCE * scale, equal_nan=True)
-
-
-def probe_inputs(model):
-    """Makes a small batch that suits a built model.
-
-    Args:
-        model: A `keras.Model`.
-
-    Returns:
-        A nested structure of arrays, or None if the model tells nothing of its
-        inputs.
-    """
-    try:
-        return probe_like(model.inputs[0] if isinstance(model, keras.Sequential) else model.input)
-    except (AttributeError, ValueError):  # A subclassed model declares no inputs.
-        shape = (model.get_build_config() or {}).get("input_shape")
-        return shape and probe_like(tree.map_shape_structure(keras.KerasTensor, shape))
-
-
-def probe_like(inputs):
-    """Makes a small batch of the shapes and dtypes of symbolic inputs.
-
-    Args:
-        inputs: A `keras.KerasTensor`, or a nested structure of them.
-    """
-    return tree.map_structure(_probe, inputs)
-
-
-def _probe(spec):
-    if spec is None:
-        return None
-    shape = [1 if size is None else size for size in spec.shape]
-    if spec.dtype == "string":
-        return keras.ops.convert_to_tensor(np.full(shape, ""))
-    return np.random.default_rng(0).random(shape).astype(spec.dtype)

@@ -1,6 +1,7 @@
 """A fresh model from the config of another, functions of the user's own included."""
 
 import collections
+import contextlib
 import types
 
 import keras
@@ -37,13 +38,27 @@ def recreate(model):
 
 
 def _recreate(layer, known):
-    config = keras.saving.serialize_keras_object(layer)
+    with _uncompiled(layer):
+        config = keras.saving.serialize_keras_object(layer)
     return keras.saving.deserialize_keras_object(
         _for_cloning(config, known),
         custom_objects=known,
         # The config was made in this process, so a lambda in it is the user's own code.
         safe_mode=False,
     )
+
+
+@contextlib.contextmanager
+def _uncompiled(layer):
+    # What a model was compiled with need not have a config, and its clone is not compiled.
+    compiled = [part for part in layer._flatten_layers() if getattr(part, "compiled", False)]
+    for part in compiled:
+        part.compiled = False
+    try:
+        yield
+    finally:
+        for part in compiled:
+            part.compiled = True
 
 
 def _shares_across_models(model):
@@ -86,12 +101,12 @@ def _lambda_functions(model):
 
 
 def _for_cloning(config, known):
-    # Without what the models were compiled with, and with the live functions of Lambda layers.
+    # With the live functions of Lambda layers.
     if isinstance(config, (list, tuple)):
         return type(config)(_for_cloning(item, known) for item in config)
     if not isinstance(config, dict):
         return config
-    config = {k: _for_cloning(v, known) for k, v in config.items() if k != "compile_config"}
+    config = {k: _for_cloning(v, known) for k, v in config.items()}
     if config.get("class_name") == "Lambda":
         key = f"function of {config['config'].get('name')}"
         if key in known:

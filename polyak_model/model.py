@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from polyak_model import backend, cloning, rules
+from polyak_model import backend, cloning, probing, rules
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import check_combine
 from polyak_model.routed import RoutedModel
@@ -112,7 +112,7 @@ class PolyakModel(RoutedModel):
         self.clone_function = clone_function
         self._adopted = None
         if cloning.has_weights(model):
-            self._start(cloning.probe_inputs(model))
+            self._start(probing.input_specs(model))
         if model.compiled:
             self._adopt_compilation()
 
@@ -259,24 +259,25 @@ class PolyakModel(RoutedModel):
         """
         self._start_on(tree.map_shape_structure(keras.KerasTensor, input_shape))
 
-    def _start_on(self, inputs):
+    def _start_on(self, inputs, batch=None):
         if self.shadow.started:
             return
         for model, device in ((self.raw_model, None), (self.shadow.model, self.shadow.device)):
             if not cloning.has_weights(model):
                 with backend.device(device):
-                    model(inputs)
-        self._start(cloning.probe_like(inputs))
+                    cloning.build_on(model, inputs, batch)
+        self._start(inputs)
 
-    def _start(self, probe):
-        self.shadow.start(self.raw_model, probe)
+    def _start(self, inputs):
+        self.shadow.start(self.raw_model, inputs)
         self.built = True
 
     def _start_on_batch(self, data):
         if not self.shadow.started:
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+            eager = backend.runs_eagerly()
             with backend.lift():
-                self._start_on(backend.symbolic(x))
+                self._start_on(backend.symbolic(x), x if eager else None)
 
     def _check_built(self, method):
         if not self.shadow.started:
@@ -307,6 +308,8 @@ class PolyakModel(RoutedModel):
     def train_step(self, data):
         self._start_on_batch(data)
         before = backend.optimizer_step(self.raw_model)
+        # A MultiOptimizer may have chosen its optimizers only now.
+        check_optimizers(self.raw_model.optimizer)
         logs = self.raw_model.train_step(data)
         stepped = backend.optimizer_step(self.raw_model) > before
         self.shadow.check_complete()

@@ -100,6 +100,8 @@ class RoutedModel(keras.Model):
         epochs=1,
         verbose="auto",
         callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
         *args,
         **kwargs,
     ):
@@ -109,7 +111,8 @@ class RoutedModel(keras.Model):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: If a callback swaps weights, or the model is not compiled.
+            ValueError: If a callback swaps weights, a route cannot be evaluated, or
+                the model is not compiled.
 
         Example:
 
@@ -122,7 +125,20 @@ class RoutedModel(keras.Model):
         2
         """
         _check_callbacks(callbacks)
-        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        if validation_split or validation_data is not None:
+            self._router.check_scores(self._reported(None))
+        return super().fit(
+            x,
+            y,
+            batch_size,
+            epochs,
+            verbose,
+            callbacks,
+            validation_split,
+            validation_data,
+            *args,
+            **kwargs,
+        )
 
     def evaluate(
         self,

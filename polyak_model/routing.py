@@ -6,6 +6,7 @@ from keras import tree
 from polyak_model import backend
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import Ensemble, join
+from polyak_model.probing import forward
 
 ROUTES = ("average", "raw", "ensemble")
 
@@ -111,6 +112,7 @@ class Router:
             The logs, a dict.
         """
         self._check_compiled()
+        self.check_scores(routes)
         if "ensemble" in routes:
             return self.logs(routes, self._score(routes, data))
         logs = []
@@ -120,7 +122,6 @@ class Router:
         return self.logs(routes, logs)
 
     def _score(self, routes, data):
-        self._check_plain_test_step()
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         answers = [forward(member, x) for member in self.ensemble.members]
         outputs = dict(zip(("raw", "average"), answers, strict=True))
@@ -140,14 +141,21 @@ class Router:
                 "evaluated too."
             )
 
-    def _check_plain_test_step(self):
+    def check_scores(self, routes):
+        """Raises `ValueError` unless all of `routes` can be evaluated.
+
+        Args:
+            routes: Routes.
+        """
+        if "ensemble" not in routes:
+            return
         for method in ("test_step", "compute_loss", "compute_metrics"):
             if getattr(type(self.raw), method) is not getattr(keras.Model, method):
                 raise ValueError(
                     f"The ensemble cannot be evaluated: {type(self.raw).__name__} has a "
-                    f"`{method}` of its own, which scores the outputs of one model. Evaluate the "
-                    "routes 'average' and 'raw', or use predict(using='ensemble') and score its "
-                    "outputs yourself."
+                    f"`{method}` of its own, which scores the outputs of one model. Received: "
+                    f"routes {tuple(routes)}. Evaluate the routes 'average' and 'raw', or use "
+                    "predict(using='ensemble') and score its outputs yourself."
                 )
 
     def logs(self, routes, logs):
@@ -161,16 +169,6 @@ class Router:
         for route, own in zip(routes[1:], logs[1:], strict=True):
             joined.update({f"{route}_{name}": value for name, value in own.items()})
         return joined
-
-
-def forward(model, x):
-    """Returns the answer of a model outside training.
-
-    Args:
-        model: A `keras.Model`.
-        x: Inputs.
-    """
-    return model(x, training=False) if model._call_has_training_arg else model(x)
 
 
 def _fresh(arguments, stateful=(keras.metrics.Metric, keras.optimizers.Optimizer)):

@@ -6,7 +6,7 @@ import dataclasses
 import keras
 from keras import ops
 
-from polyak_model import backend, cloning
+from polyak_model import backend, cloning, probing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,13 @@ class Shadow(keras.layers.Layer):
         """Whether raw and average weights are paired."""
         return self._partners is not None
 
-    def start(self, raw, probe=None):
+    def start(self, raw, inputs=None):
         """Pairs with a built raw model and becomes its copy.
 
         Args:
             raw: The raw `keras.Model`.
-            probe: A batch on which both must answer alike, or None.
+            inputs: What the models take, symbolic, to check that both answer
+                alike; or None.
         """
         with backend.device(self.device):
             cloning.build_like(raw, self.model)
@@ -76,8 +77,8 @@ class Shadow(keras.layers.Layer):
         backend.assign(partners.all)
         backend.assign((original, average) for average, original in partners.rounded)
         cloning.copy_outside_weights(raw, self.model)
-        if probe is not None:
-            cloning.check_same_outputs(raw, self.model, probe)
+        if not cloning.has_empty_table(raw):
+            probing.check_same_outputs(raw, self.model, inputs)
         self._partners = partners
         self.built = True
 

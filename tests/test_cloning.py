@@ -75,49 +75,6 @@ def test_an_adapted_normalization_answers_alike_in_the_clone():
     np.testing.assert_array_equal(model.predict(x, verbose=0), inner.predict(x, verbose=0))
 
 
-def test_a_model_that_draws_at_inference_is_compared_with_equal_seeds():
-    class Noisy(layers.Layer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.generator = keras.random.SeedGenerator()
-
-        def call(self, inputs):
-            return inputs + keras.random.normal(keras.ops.shape(inputs), seed=self.generator)
-
-    inner = keras.Sequential([keras.Input((3,)), Noisy(), layers.Dense(1)])
-    seed = inner.layers[0].generator.state.numpy()
-    PolyakModel(inner)
-    np.testing.assert_array_equal(inner.layers[0].generator.state.numpy(), seed)
-
-
-class HiddenState(layers.Layer):
-    """Holds state that neither its weights nor its config show."""
-
-    offset = 0.0
-
-    def call(self, inputs):
-        return inputs + self.offset
-
-
-def make_hidden(offset=2.0):
-    model = keras.Sequential([keras.Input((3,)), HiddenState(), layers.Dense(2)])
-    model.layers[0].offset = offset
-    return model
-
-
-def test_a_clone_that_answers_otherwise_is_refused():
-    with pytest.raises(ValueError, match="same weights but other outputs.*Pass `clone_function`"):
-        PolyakModel(make_hidden())
-
-
-def test_a_clone_function_carries_state_that_keras_cannot_see():
-    model = PolyakModel(make_hidden(), clone_function=make_hidden)
-    x = np.ones((2, 3), "float32")
-    np.testing.assert_array_equal(
-        model.predict(x, verbose=0), model.raw_model.predict(x, verbose=0)
-    )
-
-
 class WithoutConfig(keras.Model):
     def __init__(self, width):
         super().__init__()

@@ -45,3 +45,20 @@ def test_lambda_layers_of_one_name_that_cannot_be_told_apart_are_refused_with_th
     with pytest.raises(ValueError, match="`clone_function`"):
         PolyakModel(make())
     assert PolyakModel(make(), clone_function=make).average_step == 0
+
+
+class Opaque:
+    """A loss that has no config."""
+
+    def __call__(self, y, p):
+        return keras.ops.mean((y - p) ** 2)
+
+
+@pytest.mark.parametrize("loss", [Opaque(), lambda y, p: keras.ops.mean((y - p) ** 2)])
+def test_what_a_model_was_compiled_with_needs_no_config(loss):
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    inner.compile("sgd", loss)
+    model = PolyakModel(inner)
+    assert inner.compiled
+    model.fit(np.ones((8, 3)), np.ones((8, 1)), verbose=0)
+    assert model.average_step == 1

@@ -98,3 +98,15 @@ def test_the_optimizers_of_a_compile_of_ones_own_may_not_average():
     with pytest.raises(ValueError, match="`optimizer` must not average by itself"):
         model.compile("adam", keras.optimizers.SGD(use_ema=True), "mse")
     assert not model.raw_model.compiled
+
+
+@pytest.mark.parametrize("arguments", [{"inference": "ensemble"}, {"report": ("raw", "ensemble")}])
+def test_an_ensemble_that_cannot_be_scored_is_refused_before_training(arguments, batches):
+    x = batches[0]
+    model = PolyakModel(Autoencoder(), **arguments)
+    model.compile("adam")
+    with pytest.raises(ValueError, match="Autoencoder has a `test_step` of its own"):
+        model.fit(x, validation_data=(x,), verbose=0)
+    assert model.average_step == 0
+    model.fit(x, verbose=0)
+    assert model.predict(x, using="ensemble", verbose=0).shape == (64, 6)

@@ -5,7 +5,14 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, optimizers
-from models import CROSSENTROPY, Recorder, assert_close, assert_trains_as_bare, make_classifier
+from models import (
+    CROSSENTROPY,
+    Recorder,
+    assert_close,
+    assert_identical,
+    assert_trains_as_bare,
+    make_classifier,
+)
 
 from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
 
@@ -216,3 +223,12 @@ def test_a_config_without_an_average_is_compiled(batches):
     model = PolyakModel(make_classifier())
     model.compile(optimizers.serialize(optimizers.SGD(0.5)), CROSSENTROPY)
     assert float(np.asarray(model.optimizer.learning_rate)) == 0.5
+
+
+@needs_multi_optimizer
+def test_an_optimizer_that_averages_is_refused_where_it_is_chosen_only_in_training(batches):
+    model = PolyakModel(make_with(lambda: make_chosen_optimizer(use_ema=True))())
+    start = model.raw_model.get_weights()
+    with pytest.raises(ValueError, match="must not average by itself"):
+        model.fit(*batches, verbose=0)
+    assert_identical(start, model.raw_model.get_weights())

@@ -1,0 +1,115 @@
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from polyak_model import PolyakModel, UniformAverage
+
+
+def test_a_model_that_draws_at_inference_is_compared_with_equal_seeds():
+    class Noisy(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.generator = keras.random.SeedGenerator()
+
+        def call(self, inputs):
+            return inputs + keras.random.normal(keras.ops.shape(inputs), seed=self.generator)
+
+    inner = keras.Sequential([keras.Input((3,)), Noisy(), layers.Dense(1)])
+    seed = inner.layers[0].generator.state.numpy()
+    PolyakModel(inner)
+    np.testing.assert_array_equal(inner.layers[0].generator.state.numpy(), seed)
+
+
+class HiddenState(layers.Layer):
+    """Holds state that neither its weights nor its config show."""
+
+    offset = 0.0
+
+    def call(self, inputs):
+        return inputs + self.offset
+
+
+def make_hidden(offset=2.0):
+    model = keras.Sequential([keras.Input((3,)), HiddenState(), layers.Dense(2)])
+    model.layers[0].offset = offset
+    return model
+
+
+def test_a_clone_that_answers_otherwise_is_refused():
+    with pytest.raises(ValueError, match="same weights but other outputs.*Pass `clone_function`"):
+        PolyakModel(make_hidden())
+
+
+def test_a_clone_function_carries_state_that_keras_cannot_see():
+    model = PolyakModel(make_hidden(), clone_function=make_hidden)
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(
+        model.predict(x, verbose=0), model.raw_model.predict(x, verbose=0)
+    )
+
+
+@pytest.mark.parametrize("size", [None, 20])
+def test_a_probe_is_large_enough_for_convolutions(size):
+    model = keras.Sequential(
+        [
+            keras.Input((size, size, 1)),
+            layers.Conv2D(2, 5),
+            layers.Conv2D(2, 5),
+            HiddenState(),
+            layers.GlobalMaxPooling2D(),
+        ]
+    )
+    model.layers[2].offset = 1.0
+    with pytest.raises(ValueError, match="same weights but other outputs"):
+        PolyakModel(model)
+
+
+class Picky(layers.Layer):
+    """Takes no inputs but its own."""
+
+    picky = False
+
+    def call(self, inputs):
+        if self.picky:
+            raise ValueError("The inputs must be sorted.")
+        return inputs
+
+
+def test_a_model_that_fails_on_random_inputs_is_wrapped_with_a_warning():
+    inner = keras.Sequential([keras.Input((3,)), Picky(), layers.Dense(2)])
+    inner.layers[0].picky = True
+    with pytest.warns(
+        UserWarning, match="(?s)not compared.*fails on random inputs.*must be sorted"
+    ):
+        model = PolyakModel(inner)
+    assert model.built
+
+
+class OnlyEager(keras.Model):
+    """Decides by a value, which a symbolic tensor does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        outputs = self.dense(inputs)
+        return outputs if float(keras.ops.mean(inputs)) > 0 else -outputs
+
+    def get_config(self):
+        return {}
+
+
+def test_a_model_that_only_runs_eagerly_is_built_by_its_first_batch():
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 3), "float32")
+    losses = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(1)
+        model = PolyakModel(OnlyEager(), UniformAverage()) if wrap else OnlyEager()
+        model.compile("sgd", "mse", run_eagerly=True)
+        losses.append(model.fit(x, y, epochs=2, batch_size=4, verbose=0).history)
+    assert losses[0] == losses[1]
+    assert model.average_step == 4
+    raw, average = (model.predict(x, verbose=0, using=route) for route in ("raw", "average"))
+    assert not np.array_equal(raw, average)
