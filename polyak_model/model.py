@@ -6,6 +6,7 @@ from keras import tree
 from polyak_model import backend, cloning, rules
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import check_combine
+from polyak_model.replicas import check_optimizers, check_replicas
 from polyak_model.routed import RoutedModel
 from polyak_model.routing import Router, check_report, check_route
 from polyak_model.shadow import Shadow
@@ -96,17 +97,19 @@ class PolyakModel(RoutedModel):
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
-        with backend.device(device):
-            clone = cloning.clone_model(model, clone_function)
-        shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
-        super().__init__(
-            router=Router(model, shadow, combine),
-            inference=inference,
-            report=report,
-            name=name,
-            dtype=model.dtype_policy,
-            autocast=False,
-        )
+        check_replicas(model, device)
+        with backend.strategy_scope(model):
+            with backend.device(device):
+                clone = cloning.clone_model(model, clone_function)
+            shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
+            super().__init__(
+                router=Router(model, shadow, combine),
+                inference=inference,
+                report=report,
+                name=name,
+                dtype=model.dtype_policy,
+                autocast=False,
+            )
         self.raw_model = model
         self.shadow = shadow
         self.clone_function = clone_function
@@ -131,7 +134,7 @@ class PolyakModel(RoutedModel):
     @property
     def average_step(self):
         """Int: optimizer steps taken since averaging (re)started."""
-        return int(self.shadow.step.numpy())
+        return self.shadow.steps()
 
     def update_average(self):
         """Takes one step of averaging, for training loops of your own.
@@ -151,7 +154,7 @@ class PolyakModel(RoutedModel):
         1
         """
         self._check_built("update_average")
-        self.shadow.update()
+        backend.on_each_replica(self, self.shadow.update)
 
     def reset_average(self):
         """Forgets the past: the average becomes the present raw weights, the step 0.
@@ -211,21 +214,25 @@ class PolyakModel(RoutedModel):
         """
         refuse_second_average((args, kwargs))
         self._router.check_metrics((args, kwargs))
-        self.raw_model.compile(*args, **kwargs)
+        check_optimizers(self.raw_model, (args, kwargs))
+        with backend.strategy_scope(self):
+            self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
 
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
         refuse_second_average(raw.optimizer)
-        self._router.compile(args, kwargs)
-        super().compile(
-            optimizer=raw.optimizer,
-            run_eagerly=raw.run_eagerly,
-            steps_per_execution=raw.steps_per_execution,
-            # XLA cannot compile a step that reaches across devices.
-            jit_compile=raw.jit_compile and self.shadow.device is None,
-            auto_scale_loss=False,
-        )
+        check_optimizers(raw, raw.optimizer)
+        with backend.strategy_scope(self):
+            self._router.compile(args, kwargs)
+            super().compile(
+                optimizer=raw.optimizer,
+                run_eagerly=raw.run_eagerly,
+                steps_per_execution=raw.steps_per_execution,
+                # XLA cannot compile a step that reaches across devices.
+                jit_compile=raw.jit_compile and self.shadow.device is None,
+                auto_scale_loss=False,
+            )
         self.loss = raw.loss
         self._adopted = raw._compile_config
 
@@ -259,10 +266,12 @@ class PolyakModel(RoutedModel):
     def _start_on(self, inputs):
         if self.shadow.started:
             return
-        for model, device in ((self.raw_model, None), (self.shadow.model, self.shadow.device)):
-            if not cloning.has_weights(model):
-                with backend.device(device):
-                    model(inputs)
+        with backend.strategy_scope(self):
+            if not cloning.has_weights(self.raw_model):
+                self.raw_model(inputs)
+            if not cloning.has_weights(self.shadow.model):
+                with backend.device(self.shadow.device):
+                    self.shadow.model(inputs)
         self._start(cloning.probe_like(inputs))
 
     def _start(self, probe):
@@ -274,6 +283,13 @@ class PolyakModel(RoutedModel):
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
             with backend.lift():
                 self._start_on(backend.symbolic(x))
+
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        # Keras calls it under a strategy: inside replicas no variable may be created.
+        self._start_on_batch(data_batch)
+        self._router.build_metrics(data_batch)
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.raw_model.trainable_variables)
 
     def _check_built(self, method):
         if not self.shadow.started:

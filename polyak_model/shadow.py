@@ -19,6 +19,27 @@ class _Partners:
     rounded: tuple  # (average, its float32 original), where weights have 16 bits
     copied: tuple  # (average, raw)
     penalized: tuple  # (average, raw) of weights with a regularizer
+    apart: tuple  # (average, raw) that may differ between replicas
+
+    def synchronized(self):
+        """Returns partners whose raw weights are alike on every replica.
+
+        Outside training steps each replica mirrors its own raw weights, without
+        a word from the others; hence averages are reduced here, too.
+        """
+        if not self.apart or backend.replicas() == 1:
+            return self
+        averages, raw = zip(*self.apart, strict=True)
+        values = backend.synchronize([*averages, *raw])
+        backend.assign(zip(averages, values[: len(raw)], strict=True))
+        common = {id(w): value for w, value in zip(raw, values[len(raw) :], strict=True)}
+
+        def replace(entries):
+            return tuple((average, common.get(id(w), w), *rest) for average, w, *rest in entries)
+
+        return dataclasses.replace(
+            self, averaged=replace(self.averaged), copied=replace(self.copied)
+        )
 
 
 class Shadow(keras.layers.Layer):
@@ -49,6 +70,10 @@ class Shadow(keras.layers.Layer):
                 shape=(), dtype="int64", initializer="zeros", trainable=False, name="step"
             )
         self._partners = None
+
+    def steps(self):
+        """Returns the optimizer steps taken since averaging (re)started, an int."""
+        return int(self.step.numpy())
 
     @property
     def started(self):
@@ -107,7 +132,15 @@ class Shadow(keras.layers.Layer):
                 residual = (self._add_beside(original, "residual", original.dtype),)
             averaged.append((original, w, *residual))
         penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
-        return _Partners(raw, pairs, tuple(averaged), tuple(rounded), tuple(copied), penalized)
+        untrained = {id(w) for average, w in pairs if id(average) in moving}
+        apart = tuple(
+            (average, w)
+            for average, w, *_ in [*averaged, *copied]
+            if id(w) in untrained and w.synchronization != "on_read"
+        )
+        return _Partners(
+            raw, pairs, tuple(averaged), tuple(rounded), tuple(copied), penalized, apart
+        )
 
     def _add_beside(self, average, role, dtype):
         with backend.device(self.device):
@@ -125,7 +158,7 @@ class Shadow(keras.layers.Layer):
         They may have been loaded or assigned since. Inside a trace it does
         nothing.
         """
-        if self.started and backend.runs_eagerly() and int(self.step) <= self.rule.start_step:
+        if self.started and backend.runs_eagerly() and self.steps() <= self.rule.start_step:
             self.mirror()
 
     def mirror(self):
@@ -149,18 +182,20 @@ class Shadow(keras.layers.Layer):
         self.step.assign(step)
         moves = ops.logical_and(stepped, self.rule.moves_at(step))
         weight = self.rule.weight(step, self.rule.update_every)
+        # Replicas cannot wait for each other inside a condition.
+        partners = self._partners.synchronized()
         if may_skip or self.rule.update_every > 1:
-            backend.when(moves, lambda: self._move(weight))
+            backend.when(moves, lambda: self._move(partners, weight))
         else:
-            self._move(ops.where(moves, weight, 0.0))
+            self._move(partners, ops.where(moves, weight, 0.0))
 
-    def _move(self, weight):
+    def _move(self, partners, weight):
         if self.compensated:
-            backend.move_compensated(self._partners.averaged, weight)
+            backend.move_compensated(partners.averaged, weight)
         else:
-            backend.move(self._partners.averaged, weight)
-        backend.assign(self._partners.rounded, weight)
-        backend.assign(self._partners.copied, weight)
+            backend.move(partners.averaged, weight)
+        backend.assign(partners.rounded, weight)
+        backend.assign(partners.copied, weight)
 
     def reset(self):
         """Forgets the past: the average becomes the present raw weights."""

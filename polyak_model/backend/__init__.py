@@ -9,14 +9,24 @@ if keras.backend.backend() != "tensorflow":
         "before Keras is imported."
     )
 
+from polyak_model.backend.replicas import (
+    device,
+    on_each_replica,
+    replicas,
+    strategy_at_hand,
+    strategy_of,
+    strategy_scope,
+    synchronize,
+)
 from polyak_model.backend.tensorflow import (
     assign,
-    device,
+    lacks_metrics,
     lift,
     may_skip_steps,
     move,
     move_compensated,
     optimizer_step,
+    rehearse,
     runs_eagerly,
     score,
     symbolic,
@@ -26,13 +36,21 @@ from polyak_model.backend.tensorflow import (
 __all__ = [
     "assign",
     "device",
+    "lacks_metrics",
     "lift",
     "may_skip_steps",
     "move",
     "move_compensated",
+    "on_each_replica",
     "optimizer_step",
+    "rehearse",
+    "replicas",
     "runs_eagerly",
     "score",
+    "strategy_at_hand",
+    "strategy_of",
+    "strategy_scope",
     "symbolic",
+    "synchronize",
     "when",
 ]
