@@ -6,7 +6,7 @@ from keras import tree
 from polyak_model import backend, cloning, rules
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import check_combine
-from polyak_model.replicas import check_optimizers, check_replicas
+from polyak_model.replicas import check_compilation, check_method, check_placement
 from polyak_model.routed import RoutedModel
 from polyak_model.routing import Router, check_report, check_route
 from polyak_model.shadow import Shadow
@@ -97,7 +97,7 @@ class PolyakModel(RoutedModel):
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
-        check_replicas(model, device)
+        check_placement(model, device)
         with backend.strategy_scope(model):
             with backend.device(device):
                 clone = cloning.clone_model(model, clone_function)
@@ -214,7 +214,7 @@ class PolyakModel(RoutedModel):
         """
         refuse_second_average((args, kwargs))
         self._router.check_metrics((args, kwargs))
-        check_optimizers(self.raw_model, (args, kwargs))
+        check_compilation(self.raw_model, (args, kwargs), **kwargs)
         with backend.strategy_scope(self):
             self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
@@ -222,7 +222,9 @@ class PolyakModel(RoutedModel):
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
         refuse_second_average(raw.optimizer)
-        check_optimizers(raw, raw.optimizer)
+        check_compilation(
+            raw, raw.optimizer, raw.run_eagerly, raw.jit_compile, raw.steps_per_execution
+        )
         with backend.strategy_scope(self):
             self._router.compile(args, kwargs)
             super().compile(
@@ -246,6 +248,7 @@ class PolyakModel(RoutedModel):
                 "compiled. Call model.compile(optimizer=..., loss=...) first, or compile the inner "
                 "model before wrapping it."
             )
+        check_method(raw, method_name)
 
     def get_compile_config(self):
         return self.raw_model.get_compile_config()

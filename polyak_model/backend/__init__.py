@@ -11,12 +11,15 @@ if keras.backend.backend() != "tensorflow":
 
 from polyak_model.backend.replicas import (
     device,
+    local_replicas,
     on_each_replica,
     replicas,
     strategy_at_hand,
     strategy_of,
+    strategy_of_optimizer,
     strategy_scope,
     synchronize,
+    waits_for_replicas,
 )
 from polyak_model.backend.tensorflow import (
     assign,
@@ -38,6 +41,7 @@ __all__ = [
     "device",
     "lacks_metrics",
     "lift",
+    "local_replicas",
     "may_skip_steps",
     "move",
     "move_compensated",
@@ -49,8 +53,10 @@ __all__ = [
     "score",
     "strategy_at_hand",
     "strategy_of",
+    "strategy_of_optimizer",
     "strategy_scope",
     "symbolic",
     "synchronize",
+    "waits_for_replicas",
     "when",
 ]

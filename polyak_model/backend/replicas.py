@@ -40,9 +40,42 @@ def strategy_of(model):
     return model._distribute_strategy
 
 
+def strategy_of_optimizer(optimizer):
+    """Returns the `tf.distribute.Strategy` that an optimizer was created under, or None.
+
+    Args:
+        optimizer: A `keras.optimizers.Optimizer`.
+    """
+    with tf.Graph().as_default():  # In a graph of its own no scope is open.
+        default = tf.distribute.get_strategy()
+    strategy = optimizer._distribution_strategy
+    return None if strategy is default else strategy
+
+
 def strategy_at_hand():
     """Returns the `tf.distribute.Strategy` whose scope is open, or None."""
     return tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+
+
+def waits_for_replicas(strategy):
+    """Tells whether optimizers let each replica wait for the others under a strategy.
+
+    TensorFlow then forbids an optimizer's step inside a condition of a graph.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+    """
+    mirrored = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return isinstance(strategy, mirrored)
+
+
+def local_replicas(strategy):
+    """Returns how many replicas of a strategy belong to this process.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+    """
+    return len(strategy.extended.worker_devices)
 
 
 def strategy_scope(model):
