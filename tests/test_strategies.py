@@ -1,9 +1,18 @@
 """The laws on several devices: two CPUs under one strategy, and two processes."""
 
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
 import closed_forms
 import keras
 import numpy as np
 import pytest
+import strategy_worker
 import tensorflow as tf
 from keras import layers
 from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier
@@ -454,3 +463,95 @@ def test_an_optimizer_made_outside_is_refused(strategy):
         model = PolyakModel(make_plain())
     with pytest.raises(ValueError, match="Received: SGD, created under no strategy, for the model"):
         model.compile(keras.optimizers.SGD(), CROSSENTROPY)
+
+
+# Two processes
+
+
+def run_workers(folder):
+    """Runs two workers on the loopback address until both are done; neither outlives the call."""
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other)]
+    tests = pathlib.Path(__file__).parent
+    workers, logs = [], []
+    try:
+        for index in range(2):
+            task = {"type": "worker", "index": index}
+            environment = {
+                **os.environ,
+                "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
+                "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+                "CUDA_VISIBLE_DEVICES": "-1",
+            }
+            command = [sys.executable, str(tests / "strategy_worker.py"), str(folder), str(index)]
+            logs.append((folder / f"worker{index}.log").open("w+"))
+            workers.append(
+                subprocess.Popen(command, env=environment, stdout=logs[-1], stderr=logs[-1])
+            )
+        deadline = time.monotonic() + 300
+        codes = [worker.wait(deadline - time.monotonic()) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        for log in logs:
+            log.close()
+    ends = [(folder / f"worker{index}.log").read_text()[-3000:] for index in range(2)]
+    assert codes == [0, 0], "\n".join(ends)
+    return [dict(np.load(folder / f"worker{index}.npz")) for index in range(2)]
+
+
+def weights_under(results, prefix):
+    return [results[f"{prefix}{i}"] for i in range(len(results)) if f"{prefix}{i}" in results]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(batches, tmp_path):
+    x, y = batches
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    chief, other = run_workers(tmp_path)
+    assert chief.keys() == other.keys()
+    rule = UniformAverage(start_step=2)
+
+    for make in (strategy_worker.make_plain, make_classifier):
+        name = make.__name__
+        assert chief[f"{name}/step"] == other[f"{name}/step"] == 8
+        averages = weights_under(chief, f"{name}/average")
+        assert_identical(averages, weights_under(other, f"{name}/average"))
+
+        start, *iterates = [
+            [
+                np.mean(pair, axis=0, dtype="float64").astype("float32")
+                for pair in zip(
+                    *(weights_under(one, f"{name}/iterate{i}/") for one in (chief, other)),
+                    strict=True,
+                )
+            ]
+            for i in range(9)
+        ]
+        expected = closed_forms.average(rule, start, iterates)
+        assert len(averages) == len(expected)
+        assert_close(expected, averages, ulps=4)
+
+        loaded = keras.models.load_model(tmp_path / f"{name}.keras")
+        assert loaded.average_step == 8
+        assert_identical(averages, loaded.average_model.get_weights())
+        for route in ROUTES:
+            answers = chief[f"{name}/{route}"]
+            np.testing.assert_array_equal(answers, other[f"{name}/{route}"])
+            # Each process answers its share with its own statistics of the raw model.
+            if route == "average" or make is strategy_worker.make_plain:
+                np.testing.assert_allclose(
+                    answers, loaded.predict(x, verbose=0, using=route), rtol=1e-5
+                )
+    for one in (chief, other):
+        assert "Keras 3 cannot run `evaluate()` under a strategy of sev" in str(one["refusal"])
+
+    alone = strategy_worker.wrap(strategy_worker.make_plain)
+    strategy_worker.train(alone, x, y, tf.distribute.get_strategy())
+    raw = weights_under(chief, "make_plain/iterate8/")
+    assert_close(alone.raw_model.get_weights(), raw, ulps=16)
+    averages = weights_under(chief, "make_plain/average")
+    assert_close(alone.average_model.get_weights(), averages, ulps=16)
