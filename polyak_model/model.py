@@ -284,8 +284,7 @@ class PolyakModel(RoutedModel):
     def _start_on_batch(self, data):
         if not self.shadow.started:
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            with backend.lift():
-                self._start_on(backend.symbolic(x))
+            backend.once(lambda: self._start_on(backend.symbolic(x)))
 
     def _symbolic_build(self, iterator=None, data_batch=None):
         # Keras calls it under a strategy: inside replicas no variable may be created.

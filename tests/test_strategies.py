@@ -210,7 +210,7 @@ class Odd(layers.Layer):
 
     def call(self, inputs, training=None):
         if training:
-            self.positive.assign_add(keras.ops.sum(keras.ops.cast(inputs > 0, "int32")))
+            self.positive.assign_add(keras.ops.sum(keras.ops.cast(inputs > 0.5, "int32")))
             self.mean.assign(keras.ops.mean(inputs))
         return inputs
 

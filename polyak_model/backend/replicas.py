@@ -109,6 +109,23 @@ def on_each_replica(model, function):
         strategy.run(tf.autograph.experimental.do_not_convert(lambda: function()))
 
 
+def once(function):
+    """Calls a function now, even inside a trace, and once for all replicas.
+
+    Args:
+        function: Callable without arguments; its result is dropped.
+    """
+
+    def lifted(strategy=None):
+        with tf.init_scope():
+            function()
+
+    if _outside_replicas():
+        lifted()
+    else:
+        tf.distribute.get_replica_context().merge_call(lifted)
+
+
 def on_each_component(function, *variables):
     """Calls a function of variables; outside of replicas, once with the components of each.
 

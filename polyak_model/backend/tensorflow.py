@@ -116,11 +116,6 @@ def runs_eagerly():
     return tf.executing_eagerly()
 
 
-def lift():
-    """Returns a context that runs operations now, even inside a trace."""
-    return tf.init_scope()
-
-
 def symbolic(inputs):
     """Returns placeholders of the shapes and dtypes of a batch.
 
