@@ -136,7 +136,8 @@ class Shadow(keras.layers.Layer):
         apart = tuple(
             (average, w)
             for average, w, *_ in [*averaged, *copied]
-            if id(w) in untrained and w.synchronization != "on_read"
+            # The oldest Keras has no variables that are reduced on reading.
+            if id(w) in untrained and getattr(w, "synchronization", None) != "on_read"
         )
         return _Partners(
             raw, pairs, tuple(averaged), tuple(rounded), tuple(copied), penalized, apart
