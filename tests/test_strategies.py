@@ -21,6 +21,13 @@ from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
 
 ROUTES = ("average", "raw", "ensemble")
 
+# The oldest Keras reports the metrics of the first replica alone, of a bare model, too.
+METRICS_OF_ALL_REPLICAS = pytest.mark.xfail(
+    not hasattr(keras.Variable, "synchronization"),
+    reason="this Keras does not sum metrics over replicas",
+    strict=True,
+)
+
 
 @pytest.fixture(scope="module")
 def strategy():
@@ -291,6 +298,7 @@ def test_one_device_strategy(batches):
 # Routes
 
 
+@METRICS_OF_ALL_REPLICAS
 def test_every_route_answers_as_on_one_device(strategy, batches):
     x, y = batches
     model = wrapped(strategy, make_plain, report=ROUTES)
@@ -318,6 +326,7 @@ def test_every_route_answers_as_on_one_device(strategy, batches):
         )
 
 
+@METRICS_OF_ALL_REPLICAS
 def test_validation_reports_every_route_with_batch_normalization(strategy, batches):
     model = wrapped(strategy, report=ROUTES)
     history = fit(model, batches, validation_data=batches).history
