@@ -6,6 +6,7 @@ from keras import tree
 from polyak_model import backend, cloning, probing, rules
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import check_combine
+from polyak_model.replicas import check_compilation, check_method, check_placement
 from polyak_model.routed import RoutedModel
 from polyak_model.routing import Router, check_report, check_route
 from polyak_model.shadow import Shadow
@@ -96,17 +97,19 @@ class PolyakModel(RoutedModel):
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
-        with backend.device(device):
-            clone = cloning.clone_model(model, clone_function)
-        shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
-        super().__init__(
-            router=Router(model, shadow, combine),
-            inference=inference,
-            report=report,
-            name=name,
-            dtype=model.dtype_policy,
-            autocast=False,
-        )
+        check_placement(model, device)
+        with backend.strategy_scope(model):
+            with backend.device(device):
+                clone = cloning.clone_model(model, clone_function)
+            shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
+            super().__init__(
+                router=Router(model, shadow, combine),
+                inference=inference,
+                report=report,
+                name=name,
+                dtype=model.dtype_policy,
+                autocast=False,
+            )
         self.raw_model = model
         self.shadow = shadow
         self.clone_function = clone_function
@@ -132,7 +135,7 @@ class PolyakModel(RoutedModel):
     def average_step(self):
         """Int: optimizer steps taken since averaging (re)started."""
         self.shadow.absorb()
-        return int(self.shadow.step.numpy())
+        return self.shadow.steps()
 
     def update_average(self):
         """Takes one step of averaging, for training loops of your own.
@@ -153,7 +156,7 @@ class PolyakModel(RoutedModel):
         """
         self._check_built("update_average")
         self.shadow.stop_following()
-        self.shadow.update()
+        backend.on_each_replica(self, self.shadow.update)
 
     def reset_average(self):
         """Forgets the past: the average becomes the present raw weights, the step 0.
@@ -214,21 +217,27 @@ class PolyakModel(RoutedModel):
         """
         check_optimizers((args, kwargs))
         self._router.check_metrics((args, kwargs))
-        self.raw_model.compile(*args, **kwargs)
+        check_compilation(self.raw_model, (args, kwargs), **kwargs)
+        with backend.strategy_scope(self):
+            self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
 
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
         check_optimizers(raw.optimizer)
-        self._router.compile(args, kwargs)
-        super().compile(
-            optimizer=raw.optimizer,
-            run_eagerly=raw.run_eagerly,
-            steps_per_execution=raw.steps_per_execution,
-            # XLA cannot compile a step that reaches across devices.
-            jit_compile=raw.jit_compile and self.shadow.device is None,
-            auto_scale_loss=False,
+        check_compilation(
+            raw, raw.optimizer, raw.run_eagerly, raw.jit_compile, raw.steps_per_execution
         )
+        with backend.strategy_scope(self):
+            self._router.compile(args, kwargs)
+            super().compile(
+                optimizer=raw.optimizer,
+                run_eagerly=raw.run_eagerly,
+                steps_per_execution=raw.steps_per_execution,
+                # XLA cannot compile a step that reaches across devices.
+                jit_compile=raw.jit_compile and self.shadow.device is None,
+                auto_scale_loss=False,
+            )
         self.loss = raw.loss
         self._adopted = raw._compile_config
 
@@ -242,6 +251,7 @@ class PolyakModel(RoutedModel):
                 "compiled. Call model.compile(optimizer=..., loss=...) first, or compile the inner "
                 "model before wrapping it."
             )
+        check_method(raw, method_name)
 
     def get_compile_config(self):
         return self.raw_model.get_compile_config()
@@ -262,10 +272,12 @@ class PolyakModel(RoutedModel):
     def _start_on(self, inputs, batch=None):
         if self.shadow.started:
             return
-        for model, device in ((self.raw_model, None), (self.shadow.model, self.shadow.device)):
-            if not cloning.has_weights(model):
-                with backend.device(device):
-                    cloning.build_on(model, inputs, batch)
+        with backend.strategy_scope(self):
+            if not cloning.has_weights(self.raw_model):
+                cloning.build_on(self.raw_model, inputs, batch)
+            if not cloning.has_weights(self.shadow.model):
+                with backend.device(self.shadow.device):
+                    cloning.build_on(self.shadow.model, inputs, batch)
         self._start(inputs)
 
     def _start(self, inputs):
@@ -275,9 +287,15 @@ class PolyakModel(RoutedModel):
     def _start_on_batch(self, data):
         if not self.shadow.started:
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            eager = backend.runs_eagerly()
-            with backend.lift():
-                self._start_on(backend.symbolic(x), x if eager else None)
+            batch = x if backend.runs_eagerly() else None
+            backend.once(lambda: self._start_on(backend.symbolic(x), batch))
+
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        # Keras calls it under a strategy: inside replicas no variable may be created.
+        self._start_on_batch(data_batch)
+        self._router.build_metrics(data_batch)
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.raw_model.trainable_variables)
 
     def _check_built(self, method):
         if not self.shadow.started:

@@ -84,6 +84,24 @@ class Router:
             self.shadow.model.compile(*_fresh(args), **_fresh(kwargs))
         self.functions.clear()
 
+    def build_metrics(self, data):
+        """Creates what the metrics of all routes would create at their first batch.
+
+        Args:
+            data: A batch `(x, y, sample_weight)`.
+        """
+        models = [m for m in map(self.model, ROUTES) if m.compiled and backend.lacks_metrics(m)]
+
+        def score(data):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            outputs = forward(self.raw, x)
+            for model in models:
+                backend.score(model, x, y, sample_weight, outputs)
+
+        if models:
+            weights = [*self.raw.variables, *self.shadow.model.variables]
+            backend.rehearse(score, data, weights)
+
     def answer(self, route, ask):
         """Asks the models of a route.
 

@@ -21,6 +21,30 @@ class _Partners:
     copied: tuple  # (average, raw), integers, booleans and seeds
     penalized: tuple  # (average, raw) of weights with a regularizer
     learned: tuple  # raw, those that an optimizer trains unless they are frozen
+    apart: tuple  # (average, raw) that may differ between replicas
+
+    def synchronized(self):
+        """Returns partners whose raw weights are alike on every replica.
+
+        Outside training steps each replica mirrors its own raw weights, without
+        a word from the others; hence averages are reduced here, too.
+        """
+        if not self.apart or backend.replicas() == 1:
+            return self
+        averages, raw = zip(*self.apart, strict=True)
+        values = backend.synchronize([*averages, *raw])
+        backend.assign(zip(averages, values[: len(raw)], strict=True))
+        common = {id(w): value for w, value in zip(raw, values[len(raw) :], strict=True)}
+
+        def replace(entries):
+            return tuple((average, common.get(id(w), w), *rest) for average, w, *rest in entries)
+
+        return dataclasses.replace(
+            self,
+            averaged=replace(self.averaged),
+            mirrored=replace(self.mirrored),
+            copied=replace(self.copied),
+        )
 
 
 class Shadow(keras.layers.Layer):
@@ -57,6 +81,14 @@ class Shadow(keras.layers.Layer):
         return self.add_weight(
             shape=(), dtype="int64", initializer="zeros", trainable=False, name=name
         )
+
+    def steps(self):
+        """Returns the optimizer steps taken since averaging (re)started, an int."""
+        return int(self.step.numpy())
+
+    def follows(self):
+        """Tells whether the average follows raw weights that someone else trains."""
+        return int(self.absorbed.numpy()) != 0
 
     @property
     def started(self):
@@ -120,8 +152,15 @@ class Shadow(keras.layers.Layer):
                 residual = (self._add_beside(original, "residual", original.dtype),)
             averaged.append((original, w, *residual))
         penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
-        groups = (averaged, rounded, mirrored, copied)
-        return _Partners(raw, pairs, *map(tuple, groups), penalized, tuple(learned))
+        untrained = {id(w) for average, w in pairs if id(average) in moving}
+        apart = tuple(
+            (average, w)
+            for average, w, *_ in [*averaged, *mirrored, *copied]
+            # The oldest Keras has no variables that are reduced on reading.
+            if id(w) in untrained and getattr(w, "synchronization", None) != "on_read"
+        )
+        groups = map(tuple, (averaged, rounded, mirrored, copied, penalized, learned))
+        return _Partners(raw, pairs, *groups, apart)
 
     def _add_beside(self, average, role, dtype):
         with backend.device(self.device):
@@ -157,19 +196,21 @@ class Shadow(keras.layers.Layer):
         self.step.assign(step)
         moves = ops.logical_and(stepped, self.rule.moves_at(step))
         weight = self.rule.weight(step, self.rule.update_every)
+        # Outside of the condition, in which replicas cannot wait for each other.
+        partners = self._partners.synchronized()
         if may_skip or self.rule.update_every > 1:
-            backend.when(moves, lambda: self._move(weight))
+            backend.when(moves, lambda: self._move(partners, weight))
         else:
-            self._move(ops.where(moves, weight, 0.0))
+            self._move(partners, ops.where(moves, weight, 0.0))
 
-    def _move(self, weight):
+    def _move(self, partners, weight):
         if self.compensated:
-            backend.move_compensated(self._partners.averaged, weight)
+            backend.move_compensated(partners.averaged, weight)
         else:
-            backend.move(self._partners.averaged, weight)
-        backend.assign(self._partners.rounded, weight)
-        backend.move(self._partners.mirrored, ops.cast(weight > 0, "float64"))
-        backend.assign(self._partners.copied, weight)
+            backend.move(partners.averaged, weight)
+        backend.assign(partners.rounded, weight)
+        backend.move(partners.mirrored, ops.cast(weight > 0, "float64"))
+        backend.assign(partners.copied, weight)
 
     def follow(self, training=False):
         """Catches up with the raw weights, wherever the average is about to be used.
@@ -181,11 +222,13 @@ class Shadow(keras.layers.Layer):
             training: Bool. Whether a forward pass in training comes next.
                 Defaults to False.
         """
-        if self.started and backend.keeps_updates():
+        if not self.started or not backend.keeps_updates():
+            return
+        if backend.replicas() == 1:
             with backend.lift():
-                if not int(self.absorbed) and int(self.step) <= self.rule.start_step:
+                if not self.follows() and self.steps() <= self.rule.start_step:
                     self.mirror()
-            self.absorb(training)
+        self.absorb(training)
 
     def absorb(self, training=False):
         """Takes the step that the raw weights have taken since this was last called, if any.
@@ -198,21 +241,25 @@ class Shadow(keras.layers.Layer):
             training: Bool. Whether a forward pass in training comes next, so
                 that the average follows from here. Defaults to False.
         """
-        if backend.runs_eagerly() and not training and not int(self.absorbed):
-            return
+        if not backend.runs_eagerly() or training or self.follows():
+            backend.on_each_replica(self.model, lambda: self._absorb_if_due(training))
+
+    def _absorb_if_due(self, training):
         follows = ops.convert_to_tensor(self.absorbed) != 0
         unbegun = ops.convert_to_tensor(self.step) <= self.rule.start_step
         backend.when(ops.logical_and(ops.logical_not(follows), unbegun), self._mirror_weights)
-        if training:
-            self._absorb()
+        # Replicas cannot wait for each other inside a condition.
+        if training or backend.replicas() > 1:
+            self._absorb(training)
         else:
             backend.when(follows, self._absorb)
 
-    def _absorb(self):
+    def _absorb(self, training=False):
         absorbed = ops.convert_to_tensor(self.absorbed)
         present = backend.fingerprint(self._partners.learned)
-        backend.when(ops.logical_and(absorbed != 0, present != absorbed), self.update)
-        self.absorbed.assign(present)
+        follows = absorbed != 0
+        self.update(ops.logical_and(follows, present != absorbed), may_skip=True)
+        self.absorbed.assign(present if training else ops.where(follows, present, absorbed))
 
     def stop_following(self):
         """Leaves it to calls of `update` to say when the raw weights took a step."""
@@ -228,7 +275,7 @@ class Shadow(keras.layers.Layer):
         """Copies the average into the raw model."""
         backend.assign((w, average) for average, w in self._partners.all)
         cloning.copy_outside_weights(self.model, self._partners.raw)
-        if int(self.absorbed):
+        if self.follows():
             self.absorbed.assign(backend.fingerprint(self._partners.learned))
 
     @contextlib.contextmanager

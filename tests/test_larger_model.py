@@ -280,3 +280,23 @@ def test_the_mean_teacher_is_exact_at_the_moment_it_teaches(batches):
         ):
             np.testing.assert_allclose(other, one, rtol=0, atol=5e-7)
     assert_average(rule, iterates, model.part, start)
+
+
+def test_the_average_follows_on_every_replica(batches):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        part = PolyakModel(make_part(), UniformAverage())
+        whole = once(part)
+        whole.compile("adam", CROSSENTROPY)
+    iterates = []
+    record = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: iterates.append(part.raw_model.get_weights())
+    )
+    whole.fit(*batches, batch_size=8, verbose=0, validation_data=batches, callbacks=[record])
+    assert part.average_step == 8
+    for i, average in enumerate(part.average_model.weights):
+        first, second = (component.numpy() for component in average.value.values)
+        np.testing.assert_array_equal(first, second)
+        if part.raw_model.weights[i].trainable:
+            expected = np.mean([iterate[i].astype("float64") for iterate in iterates], axis=0)
+            np.testing.assert_allclose(first, expected, rtol=0, atol=5e-7)

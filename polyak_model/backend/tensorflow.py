@@ -5,6 +5,8 @@ import tensorflow as tf
 from keras import tree
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from polyak_model.backend.replicas import on_each_component
+
 
 def assign(pairs, weight=1.0):
     """Copies values: `target = source` where `weight` is above 0.
@@ -14,9 +16,13 @@ def assign(pairs, weight=1.0):
         weight: Scalar, 0 to change nothing. Defaults to 1.
     """
     always = isinstance(weight, float) and weight > 0
-    for target, source in pairs:
+
+    def copy(target, source):
         value = tf.cast(tf.convert_to_tensor(source), target.dtype)
         target.assign(value if always else tf.where(weight > 0, value, target))
+
+    for target, source in pairs:
+        on_each_component(copy, target, source)
 
 
 def move(pairs, weight):
@@ -168,15 +174,6 @@ def keeps_updates():
     return not in_stateless_scope()
 
 
-def device(name):
-    """Returns a context that places variables and operations on a device.
-
-    Args:
-        name: A device such as `"CPU:0"`, or None for the default.
-    """
-    return tf.device(name)
-
-
 def lift():
     """Returns a context that runs operations now, even inside a trace."""
     return tf.init_scope()
@@ -198,6 +195,37 @@ def symbolic(inputs):
     return tree.map_structure(placeholder, inputs)
 
 
+def lacks_metrics(model):
+    """Tells whether a compiled model creates metrics at its first batch.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+    parts = (model._compile_metrics, model._compile_loss)
+    return any(part is not None and not part.built for part in parts)
+
+
+def rehearse(function, batch, variables):
+    """Calls a function symbolically: it creates its variables, and changes none.
+
+    Args:
+        function: Callable; its result is dropped.
+        batch: Its argument, a nested structure of tensors, arrays and None.
+        variables: The variables that it reads.
+    """
+
+    def specification(leaf):
+        return None if leaf is None else tf.type_spec_from_value(tf.convert_to_tensor(leaf))
+
+    def call(batch):
+        function(batch)
+
+    state = [(variable, tf.convert_to_tensor(variable)) for variable in variables]
+    with keras.StatelessScope(state_mapping=state):
+        specifications = tree.map_structure(specification, batch)
+        tf.function(call, autograph=False).get_concrete_function(specifications)
+
+
 def score(model, x, y, sample_weight, outputs):
     """Updates the loss and the metrics of a model with outputs at hand.
 
@@ -214,6 +242,10 @@ def score(model, x, y, sample_weight, outputs):
         The logs, a dict.
     """
     loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False)
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1:
+        # Keras divides losses by the replicas, since their gradients are summed.
+        loss = loss * tf.cast(replicas, loss.dtype)
     batch_size = tf.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
     model._loss_tracker.update_state(loss, sample_weight=batch_size)
     return model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
