@@ -1,5 +1,7 @@
 """Who answers outside training, and the metrics of each route."""
 
+import inspect
+
 import keras
 from keras import tree
 
@@ -77,7 +79,7 @@ class Router:
         # Keras cannot load a model compiled without an optimizer; plain SGD has no state.
         settings["optimizer"] = keras.optimizers.SGD()
         self.ensemble.compile(**_fresh(settings))
-        if type(self.raw).compile is keras.Model.compile:
+        if _takes(self.raw.compile, settings):
             self.shadow.model.compile(**_fresh(settings))
         elif kwargs is not None:
             self.shadow.model.compile(*_fresh(args), **_fresh(kwargs))
@@ -171,6 +173,17 @@ def forward(model, x):
         x: Inputs.
     """
     return model(x, training=False) if model._call_has_training_arg else model(x)
+
+
+def _takes(compile_model, settings):
+    # A `compile` of the user's own may do without arguments that Keras does not record.
+    try:
+        inspect.signature(compile_model).bind(**settings)
+    except TypeError:
+        return False
+    own = inspect.signature(compile_model).parameters.values()
+    known = {*inspect.signature(keras.Model.compile).parameters, *settings}
+    return all(each.name in known for each in own if each.kind is not each.VAR_KEYWORD)
 
 
 def _fresh(arguments, stateful=(keras.metrics.Metric, keras.optimizers.Optimizer)):
