@@ -1,5 +1,7 @@
 """Who answers outside training, and the metrics of each route."""
 
+import inspect
+
 import keras
 from keras import tree
 
@@ -82,6 +84,10 @@ class Router:
             self.shadow.model.compile(**_fresh(settings))
         elif kwargs is not None:
             self.shadow.model.compile(*_fresh(args), **_fresh(kwargs))
+        elif _takes(self.raw.compile, settings):
+            self.shadow.model.compile(**_fresh(settings))
+        else:
+            self.shadow.model.compiled = False  # It may have compiled itself, by its defaults.
         self.functions.clear()
 
     def build_metrics(self, data):
@@ -187,6 +193,17 @@ class Router:
         for route, own in zip(routes[1:], logs[1:], strict=True):
             joined.update({f"{route}_{name}": value for name, value in own.items()})
         return joined
+
+
+def _takes(compile_model, settings):
+    # A `compile` of the user's own may do without arguments that Keras does not record.
+    try:
+        inspect.signature(compile_model).bind(**settings)
+    except TypeError:
+        return False
+    own = inspect.signature(compile_model).parameters.values()
+    known = {*inspect.signature(keras.Model.compile).parameters, *settings}
+    return all(each.name in known for each in own if each.kind is not each.VAR_KEYWORD)
 
 
 def _fresh(arguments, stateful=(keras.metrics.Metric, keras.optimizers.Optimizer)):

@@ -110,3 +110,26 @@ def test_an_ensemble_that_cannot_be_scored_is_refused_before_training(arguments,
     assert model.average_step == 0
     model.fit(x, verbose=0)
     assert model.predict(x, using="ensemble", verbose=0).shape == (64, 6)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class SelfCompiled(keras.Sequential):
+    """A classifier that compiles itself when it is made, as those of KerasHub do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compile()
+
+    def compile(self, optimizer="adam", loss="mse", **kwargs):
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+
+def test_a_model_that_compiles_itself_is_averaged_with_the_loss_it_was_given(batches):
+    inner = SelfCompiled([keras.Input((6,)), keras.layers.Dense(3)])
+    inner.compile(loss="mae", metrics=["mse"])
+    model = PolyakModel(inner)
+    x, y = batches[0], batches[0][:, :3]
+    raw = model.evaluate(x, y, verbose=0, return_dict=True, using="raw")
+    average = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert average == raw
+    assert average["loss"] != average["mse"]
