@@ -84,6 +84,27 @@ def check_kind(kind, tmp_path):
     return model
 
 
+def check_large_kind(kind, tmp_path):
+    """Does the same for models that take long to trace, with one pass through all routes.
+
+    Args:
+        kind: A `Kind`.
+        tmp_path: A folder.
+    """
+    bare, wrapped = Trained(kind, wrap=False), Trained(kind, wrap=True)
+    model = wrapped.model
+    check_training(bare, wrapped)
+    check_average(model, wrapped.iterates)
+    model.report = ("average", "raw", "ensemble")
+    logs = model.evaluate(kind.x, kind.y, verbose=0, return_dict=True)
+    assert len({float(logs[name]) for name in ("loss", "raw_loss", "ensemble_loss")}) == 3
+    answers = [each(kind.x, training=False) for each in (model.raw_model, model.average_model)]
+    ensemble = model.predict(kind.x, verbose=0, using="ensemble")
+    np.testing.assert_allclose(ensemble, sum(answers) / 2, rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    assert_same_state(model, keras.models.load_model(tmp_path / "model.keras"))
+
+
 def check_training(bare, wrapped):
     """Law 10: the same iterates, logs and state of the optimizer, bit for bit."""
     assert len(bare.logs) == len(bare.iterates) > 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kinds import check_kind
+from kinds import Trained, check_kind, check_large_kind
 from model_zoo import APPLICATIONS, KINDS
 
 SLOW = {"recurrent", "stateful", "sparse", "nested-models"}
@@ -19,11 +19,11 @@ def test_a_model_of_every_kind_trains_averages_answers_and_is_saved(name, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", APPLICATIONS.values(), ids=APPLICATIONS)
 def test_an_application_trains_averages_answers_and_is_saved(kind, tmp_path):
-    check_kind(kind, tmp_path)
+    check_large_kind(kind, tmp_path)
 
 
-def test_the_average_of_constrained_weights_keeps_constraints_that_are_convex(tmp_path):
-    model = check_kind(KINDS["constraints"], tmp_path)
+def test_the_average_of_constrained_weights_keeps_constraints_that_are_convex():
+    model = Trained(KINDS["constraints"], wrap=True).model
     bounded, positive, _ = model.average_model.layers
     assert np.linalg.norm(bounded.get_weights()[0], axis=0).max() <= 0.5 * (1 + 1e-6)
     assert positive.get_weights()[0].min() >= 0
