@@ -206,7 +206,12 @@ def make_normalized(adapted=False):
 def make_application(name):
     """Makes an image classifier of keras.applications, with random weights."""
     make = getattr(keras.applications, name)
-    return compile_classifier(make(weights=None, input_shape=(32, 32, 3), classes=3))
+    return compile_classifier(
+        make(weights=None, input_shape=(32, 32, 3), classes=3),
+        "sgd",
+        # Tracing the others takes half a minute each, of a bare model too.
+        run_eagerly=name != "MobileNetV3Small",
+    )
 
 
 KINDS = {
