@@ -51,7 +51,8 @@ def _recreate(layer, known):
 @contextlib.contextmanager
 def _uncompiled(layer):
     # What a model was compiled with need not have a config, and its clone is not compiled.
-    compiled = [part for part in layer._flatten_layers() if getattr(part, "compiled", False)]
+    parts = layer._flatten_layers() if isinstance(layer, keras.Layer) else ()  # `a + b` is none.
+    compiled = [part for part in parts if getattr(part, "compiled", False)]
     for part in compiled:
         part.compiled = False
     try:
@@ -63,17 +64,12 @@ def _uncompiled(layer):
 
 def _shares_across_models(model):
     # Only models that Keras itself puts together: others build what they share in `from_config`.
-    if not isinstance(model, (keras.Sequential, Functional)):
+    plain = (keras.Sequential, Functional)
+    owners = {id(part): part for part in model._flatten_layers() if type(part) in plain}
+    if id(model) not in owners:
         return False
-    owners = collections.Counter()
-    pending, seen = [model], set()
-    while pending:
-        owner = pending.pop()
-        if id(owner) not in seen:
-            seen.add(id(owner))
-            owners.update(id(layer) for layer in owner.layers)
-            pending += [layer for layer in owner.layers if isinstance(layer, keras.Model)]
-    return max(owners.values(), default=0) > 1
+    owned = collections.Counter(id(layer) for owner in owners.values() for layer in owner.layers)
+    return max(owned.values(), default=0) > 1
 
 
 def _custom_objects(model):

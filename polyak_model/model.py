@@ -22,7 +22,12 @@ class PolyakModel(RoutedModel):
         average += weight(step) * (iterate - average)
 
     Training is that of `model`, unchanged. Outside training the average
-    answers, or the raw model, or both together.
+    answers, or the raw model, or both together. Where an entry of the iterate
+    is infinite or not a number, its average stays.
+
+    As a layer of a larger model it follows that model's optimizer by itself:
+    whenever the raw weights have changed between two calls in training, or
+    before the average is used, they took one step.
 
     Args:
         model: A `keras.Model`, compiled or not, built or not. It becomes
@@ -141,7 +146,9 @@ class PolyakModel(RoutedModel):
         """Takes one step of averaging, for training loops of your own.
 
         Call it right after the optimizer's step, eagerly or inside a
-        `tf.function`.
+        `tf.function`. A loop that calls the PolyakModel with `training=True`,
+        rather than its raw model, is followed without it; a step that is
+        reported too is not counted twice.
 
         Raises:
             ValueError: If the model is not built.

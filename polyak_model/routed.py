@@ -126,6 +126,7 @@ class RoutedModel(keras.Model):
         """
         _check_callbacks(callbacks)
         if validation_split or validation_data is not None:
+            self._assert_compile_called("fit")
             self._router.check_scores(self._reported(None))
         return super().fit(
             x,

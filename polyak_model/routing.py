@@ -135,7 +135,6 @@ class Router:
         Returns:
             The logs, a dict.
         """
-        self._check_compiled()
         self.check_scores(routes)
         if "ensemble" in routes:
             return self.logs(routes, self._score(routes, data))
@@ -156,21 +155,19 @@ class Router:
                 for route in routes
             ]
 
-    def _check_compiled(self):
-        if not self.shadow.model.compiled:
-            raise ValueError(
-                f"{type(self.raw).__name__} has a `compile` of its own, whose arguments Keras does "
-                "not record. Received: a model that was compiled before it was wrapped. Call "
-                "`compile` on the PolyakModel with the same arguments, so that the average can be "
-                "evaluated too."
-            )
-
     def check_scores(self, routes):
         """Raises `ValueError` unless all of `routes` can be evaluated.
 
         Args:
             routes: Routes.
         """
+        if "average" in routes and not self.shadow.model.compiled:
+            raise ValueError(
+                f"{type(self.raw).__name__} has a `compile` of its own, whose arguments Keras does "
+                "not record. Received: a model that was compiled before it was wrapped. Call "
+                "`compile` on the PolyakModel with the same arguments, so that the average can be "
+                "evaluated too."
+            )
         if "ensemble" not in routes:
             return
         for method in ("test_step", "compute_loss", "compute_metrics"):

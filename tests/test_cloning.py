@@ -163,7 +163,7 @@ def make_sharing():
     first = keras.Sequential([keras.Input((3,)), shared, doubled])
     second = keras.Sequential([keras.Input((3,)), layers.Dense(3), shared])
     inputs = keras.Input((3,))
-    return keras.Model(inputs, layers.Add()([first(inputs), second(inputs), shared(inputs)]))
+    return keras.Model(inputs, first(inputs) + second(inputs) + shared(inputs))
 
 
 def make_sharing_sequence():

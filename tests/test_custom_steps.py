@@ -87,8 +87,13 @@ def test_a_model_with_a_compile_of_its_own_is_compiled_through_the_wrapper(batch
     compile_adversaries(inner)
     model = PolyakModel(inner)
     model.fit(batches[0], verbose=0)
-    with pytest.raises(ValueError, match="Adversaries has a `compile` of its own.*PolyakModel"):
+    message = "Adversaries has a `compile` of its own.*PolyakModel"
+    with pytest.raises(ValueError, match=message):
         model.evaluate(batches[0], verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model.fit(batches[0], validation_data=(batches[0],), verbose=0)
+    assert model.average_step == 2
+    assert model.evaluate(batches[0], verbose=0, using="raw") > 0
     compile_adversaries(model)
     assert model.evaluate(batches[0], verbose=0) > 0
 

@@ -1,0 +1,91 @@
+"""Models of KerasHub, small and with random weights."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from kinds import RULE, Kind, Trained, assert_same_state, check_average, check_predictions
+
+from polyak_model import PolyakModel
+
+TOKENS = np.random.default_rng(0).integers(1, 20, size=(8, 6)).astype("int32")
+SIZES = {
+    "vocabulary_size": 20,
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "intermediate_dim": 8,
+    "max_sequence_length": 6,
+}
+PROMPT = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def make_text_classifier():
+    backbone = keras_hub.models.BertBackbone(**SIZES)
+    return keras_hub.models.BertTextClassifier(backbone, num_classes=3, preprocessor=None)
+
+
+def make_language_model():
+    backbone = keras_hub.models.GPT2Backbone(**SIZES)
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
+CLASSIFIER = Kind(
+    make_text_classifier,
+    {**PROMPT, "segment_ids": np.zeros_like(TOKENS)},
+    np.arange(8) % 3,
+    batch_size=4,
+    shuffle=False,
+)
+LANGUAGE_MODEL = Kind(
+    make_language_model, PROMPT, np.roll(TOKENS, -1, axis=1), batch_size=4, shuffle=False
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [CLASSIFIER, LANGUAGE_MODEL])
+def test_a_model_of_keras_hub_trains_as_by_the_fit_of_keras_and_is_averaged(kind, tmp_path):
+    wrapped = Trained(kind, wrap=True)
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(5)
+    bare = kind.make()
+    # The `fit` of KerasHub prepares the data in a pipeline of its own.
+    keras.Model.fit(bare, kind.x, kind.y, batch_size=4, shuffle=False, verbose=0)
+    for one, other in zip(bare.get_weights(), wrapped.raw.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    check_average(wrapped.model, wrapped.iterates)
+    check_predictions(wrapped.model, kind)
+    wrapped.model.save_weights(tmp_path / "model.weights.h5")
+    fresh = PolyakModel(kind.make(), RULE)
+    fresh.optimizer.build(fresh.trainable_variables)
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    assert_same_state(wrapped.model, fresh)
+
+
+def test_the_average_is_scored_by_the_loss_that_keras_hub_chose():
+    model = PolyakModel(make_text_classifier())
+    logs = model.evaluate(CLASSIFIER.x, CLASSIFIER.y, verbose=0, return_dict=True)
+    assert logs == model.evaluate(
+        CLASSIFIER.x, CLASSIFIER.y, verbose=0, return_dict=True, using="raw"
+    )
+    model.compile("sgd", keras.losses.CategoricalHinge(), metrics=[])
+    assert isinstance(model.average_model.loss, keras.losses.CategoricalHinge)
+
+
+@pytest.mark.slow
+def test_the_average_of_a_language_model_generates():
+    model = PolyakModel(make_language_model(), RULE)
+    model.compile("adam", LOSS, sampler="greedy")
+    model.fit(PROMPT, LANGUAGE_MODEL.y, batch_size=2, epochs=2, verbose=0)
+    assert np.isfinite(model.evaluate(PROMPT, LANGUAGE_MODEL.y, verbose=0)).all()
+    prompt = {"token_ids": TOKENS[:2].copy(), "padding_mask": np.ones((2, 6), "int32")}
+    prompt["token_ids"][:, 3:] = 0
+    prompt["padding_mask"][:, 3:] = 0
+    average = model.average_model
+    received = average.generate(prompt, stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(received[:, :3], TOKENS[:2, :3])
+    logits = average.predict(
+        {"token_ids": received, "padding_mask": np.ones_like(received)}, verbose=0
+    )
+    np.testing.assert_array_equal(received[:, 3:], logits.argmax(-1)[:, 2:-1])
