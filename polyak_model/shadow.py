@@ -1,50 +1,12 @@
 """One average: its model, its rule, its step, its update."""
 
 import contextlib
-import dataclasses
 
 import keras
 from keras import ops
 
 from polyak_model import backend, cloning, probing
-
-
-@dataclasses.dataclass(frozen=True)
-class _Partners:
-    """The raw weights and who follows them, paired once."""
-
-    raw: keras.Model
-    all: tuple  # (average, raw)
-    averaged: tuple  # (average, raw), or with compensation (average, raw, residual)
-    rounded: tuple  # (average, its float32 original), where weights have 16 bits
-    mirrored: tuple  # (average, raw), floats that follow by value
-    copied: tuple  # (average, raw), integers, booleans and seeds
-    penalized: tuple  # (average, raw) of weights with a regularizer
-    learned: tuple  # raw, those that an optimizer trains unless they are frozen
-    apart: tuple  # (average, raw) that may differ between replicas
-
-    def synchronized(self):
-        """Returns partners whose raw weights are alike on every replica.
-
-        Outside training steps each replica mirrors its own raw weights, without
-        a word from the others; hence averages are reduced here, too.
-        """
-        if not self.apart or backend.replicas() == 1:
-            return self
-        averages, raw = zip(*self.apart, strict=True)
-        values = backend.synchronize([*averages, *raw])
-        backend.assign(zip(averages, values[: len(raw)], strict=True))
-        common = {id(w): value for w, value in zip(raw, values[len(raw) :], strict=True)}
-
-        def replace(entries):
-            return tuple((average, common.get(id(w), w), *rest) for average, w, *rest in entries)
-
-        return dataclasses.replace(
-            self,
-            averaged=replace(self.averaged),
-            mirrored=replace(self.mirrored),
-            copied=replace(self.copied),
-        )
+from polyak_model.partners import pair
 
 
 class Shadow(keras.layers.Layer):
@@ -105,7 +67,9 @@ class Shadow(keras.layers.Layer):
         """
         with backend.device(self.device):
             cloning.build_like(raw, self.model)
-        partners = self._pair(raw)
+        partners = pair(
+            raw, self.model, self._add_beside, self.non_trainable == "copy", self.compensated
+        )
         backend.assign(partners.all)
         backend.assign((original, average) for average, original in partners.rounded)
         cloning.copy_outside_weights(raw, self.model)
@@ -116,51 +80,7 @@ class Shadow(keras.layers.Layer):
 
     def check_complete(self):
         """Raises `ValueError` if the raw model has gained or lost weights since the start."""
-        raw = self._partners.raw
-        paired = {id(w) for _, w in self._partners.all}
-        gained = [w.path for w in raw.weights if id(w) not in paired]
-        if gained or len(raw.weights) != len(paired):
-            raise ValueError(
-                f"The raw model '{raw.name}' must keep the weights that it had when it was "
-                f"wrapped, {len(paired)}; now it has {len(raw.weights)}. Received: new weights "
-                f"{gained[:3]}. Make the change (enable LoRA, build all layers) first and wrap the "
-                "model then."
-            )
-
-    def _pair(self, raw):
-        cloning.check_disjoint(raw, self.model)
-        pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, self.model))
-        moving = _non_trainable_weights(self.model)
-        averaged, rounded, mirrored, copied, learned = [], [], [], [], []
-        for average, w in pairs:
-            average.trainable = False
-            if not keras.backend.is_float_dtype(average.dtype):
-                copied.append((average, w))
-                continue
-            if id(average) not in moving:
-                learned.append(w)
-            elif self.non_trainable == "copy":
-                mirrored.append((average, w))
-                continue
-            original = average
-            if average.dtype in ("float16", "bfloat16"):
-                # At a decay of 0.999 a step is smaller than what 16 bits can tell.
-                original = self._add_beside(average, "original", "float32")
-                rounded.append((average, original))
-            residual = ()
-            if self.compensated:
-                residual = (self._add_beside(original, "residual", original.dtype),)
-            averaged.append((original, w, *residual))
-        penalized = tuple(pair for pair in pairs if pair[1].regularizer is not None)
-        untrained = {id(w) for average, w in pairs if id(average) in moving}
-        apart = tuple(
-            (average, w)
-            for average, w, *_ in [*averaged, *mirrored, *copied]
-            # The oldest Keras has no variables that are reduced on reading.
-            if id(w) in untrained and getattr(w, "synchronization", None) != "on_read"
-        )
-        groups = map(tuple, (averaged, rounded, mirrored, copied, penalized, learned))
-        return _Partners(raw, pairs, *groups, apart)
+        self._partners.check_complete()
 
     def _add_beside(self, average, role, dtype):
         with backend.device(self.device):
@@ -292,9 +212,3 @@ class Shadow(keras.layers.Layer):
         finally:
             for average in trained:
                 average.trainable = False
-
-
-def _non_trainable_weights(model):
-    # A layer that is frozen marks all its weights untrainable, so `weight.trainable` does not
-    # tell a moving mean from a frozen kernel; where the layer tracks them does.
-    return {id(v) for layer in model._flatten_layers() for v in layer._non_trainable_variables}

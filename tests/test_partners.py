@@ -1,0 +1,64 @@
+import keras
+import pytest
+from keras import layers
+from models import make_classifier
+
+from polyak_model import PolyakModel, backend
+from polyak_model.partners import pair
+
+
+def make_sorted():
+    """Makes a net with a weight of every kind."""
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(4, kernel_regularizer="l2", name="dense"),
+            layers.BatchNormalization(name="norm"),
+            layers.Dropout(0.5),
+            layers.Dense(2, dtype="bfloat16", name="short"),
+        ]
+    )
+
+
+def names(raw_weights):
+    return [w.path.split("/", 1)[1] for w in raw_weights]
+
+
+def make_variable(shape, dtype):
+    return keras.Variable(keras.ops.zeros(shape, dtype))
+
+
+STATISTICS = ["norm/moving_mean", "norm/moving_variance"]
+LEARNED = ["dense/kernel", "dense/bias", "norm/gamma", "norm/beta", "short/kernel", "short/bias"]
+
+
+@pytest.mark.parametrize("copies_statistics", [False, True])
+def test_each_weight_follows_in_one_way(copies_statistics):
+    raw, model = make_sorted(), make_sorted()
+    raw.layers[0].trainable = False
+    beside = []
+
+    def add_beside(average, role, dtype):
+        beside.append((role, dtype))
+        return make_variable(average.shape, dtype)
+
+    partners = pair(raw, model, add_beside, copies_statistics, compensated=True)
+    averaged = names(w for _, w, _ in partners.averaged)
+    mirrored = names(w for _, w in partners.mirrored)
+    assert sorted(averaged + mirrored) == sorted(LEARNED + STATISTICS)
+    assert mirrored == (STATISTICS if copies_statistics else [])
+    assert names(partners.learned) == LEARNED
+    assert names(w for _, w in partners.apart) == STATISTICS
+    assert names(w for _, w in partners.penalized) == ["dense/kernel"]
+    assert [original.dtype for _, original in partners.rounded] == ["float32", "float32"]
+    assert beside.count(("original", "float32")) == 2
+    assert len(partners.copied) == 0
+    assert not any(w.trainable for w in model.weights)
+
+
+def test_outside_of_replicas_nothing_is_reduced():
+    model = PolyakModel(make_classifier())
+    partners = model.shadow._partners
+    assert backend.replicas() == 1
+    assert partners.apart
+    assert partners.synchronized() is partners
