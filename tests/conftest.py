@@ -43,3 +43,9 @@ def batches():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(64, 6)).astype("float32")
     return x, generator.integers(0, 3, size=64)
+
+
+@pytest.fixture(scope="session")
+def strategy():
+    """Two logical CPUs; of two such strategies in a process TensorFlow mixes up the messages."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

@@ -136,21 +136,21 @@ def check_average(model, iterates):
 def check_evaluation(model, kind):
     """Each route reports what its model does when it is evaluated alone."""
 
-    def evaluate(each, **using):
+    def evaluate(each):
         reset_states(model)
         return each.evaluate(
-            kind.x, kind.y, batch_size=kind.batch_size, verbose=0, return_dict=True, **using
+            kind.x, kind.y, batch_size=kind.batch_size, verbose=0, return_dict=True
         )
 
-    raw, average = evaluate(model, using="raw"), evaluate(model, using="average")
-    assert raw == evaluate(model.raw_model)
+    model.report = ("average", "raw", "ensemble")
+    logs = evaluate(model)
+    raw = evaluate(model.raw_model)
+    assert {name: logs[f"raw_{name}"] for name in raw} == pytest.approx(raw, rel=1e-6)
     alone = evaluate(model.average_model)
     alone["loss"] += penalty_of_average(model)
-    assert average == pytest.approx(alone, rel=1e-6)
-    assert average["loss"] != raw["loss"]
-    ensemble = evaluate(model, using="ensemble")
-    assert ensemble.keys() == raw.keys() == average.keys()
-    assert np.isfinite(list(ensemble.values())).all()
+    assert {name: logs[name] for name in alone} == pytest.approx(alone, rel=1e-6)
+    assert logs["loss"] != logs["raw_loss"]
+    assert np.isfinite([logs[f"ensemble_{name}"] for name in raw]).all()
 
 
 def penalty_of_average(model):

@@ -282,8 +282,7 @@ def test_the_mean_teacher_is_exact_at_the_moment_it_teaches(batches):
     assert_average(rule, iterates, model.part, start)
 
 
-def test_the_average_follows_on_every_replica(batches):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def test_the_average_follows_on_every_replica(strategy, batches):
     with strategy.scope():
         part = PolyakModel(make_part(), UniformAverage())
         whole = once(part)

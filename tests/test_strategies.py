@@ -29,11 +29,6 @@ METRICS_OF_ALL_REPLICAS = pytest.mark.xfail(
 )
 
 
-@pytest.fixture(scope="module")
-def strategy():
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 def make_plain(seed=1):
     """Makes a net whose training does not depend on how a batch is divided."""
     keras.utils.set_random_seed(seed)
