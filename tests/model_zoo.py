@@ -191,7 +191,8 @@ def make_text_classifier(adapted=False):
     if adapted:
         vectorization.adapt(WORDS)
     inputs = keras.Input((), dtype="string")
-    embedded = layers.Flatten()(layers.Embedding(8, 3)(vectorization(inputs)))
+    # The oldest Keras does not know the length of the sequence, so it cannot flatten it.
+    embedded = layers.Reshape((6,))(layers.Embedding(8, 3)(vectorization(inputs)))
     return compile_classifier(keras.Model(inputs, layers.Dense(3, activation="softmax")(embedded)))
 
 
