@@ -15,7 +15,7 @@ def clone_model(model, clone_function=None):
     """Makes a model of the same architecture that shares no variable with `model`.
 
     The clone is uncompiled. When `model` is built, the clone is built too, but
-    its weights are fresh: `copy_checked` copies them.
+    its weights are fresh.
 
     Args:
         model: A `keras.Model`.

@@ -74,14 +74,26 @@ def check_kind(kind, tmp_path):
     Returns:
         The fitted `PolyakModel`.
     """
-    bare, wrapped = Trained(kind, wrap=False), Trained(kind, wrap=True)
-    model = wrapped.model
-    check_training(bare, wrapped)
-    check_average(model, wrapped.iterates)
-    check_evaluation(model, kind)
-    check_predictions(model, kind)
+    _, model = check_all_but_saving(kind)
     check_saving(model, kind, tmp_path)
     return model
+
+
+def check_all_but_saving(kind):
+    """Wraps, fits, evaluates and predicts, and compares with the oracle.
+
+    Args:
+        kind: A `Kind`.
+
+    Returns:
+        The bare model and the `PolyakModel`, both fitted.
+    """
+    bare, wrapped = Trained(kind, wrap=False), Trained(kind, wrap=True)
+    check_training(bare, wrapped)
+    check_average(wrapped.model, wrapped.iterates)
+    check_evaluation(wrapped.model, kind)
+    check_predictions(wrapped.model, kind)
+    return bare.raw, wrapped.model
 
 
 def check_large_kind(kind, tmp_path):

@@ -14,10 +14,8 @@ from kinds import (
     assert_close,
     assert_identical,
     assert_same_state,
+    check_all_but_saving,
     check_average,
-    check_evaluation,
-    check_predictions,
-    check_training,
 )
 from model_zoo import LABELS, X, classifier, dense
 from models import Recorder, compile_classifier, make_classifier
@@ -113,19 +111,14 @@ def make_adapters():
 @pytest.mark.slow
 def test_lora_that_was_enabled_before_wrapping_is_averaged_and_merged_when_saved(tmp_path):
     kind = Kind(make_adapters, X, LABELS)
-    bare, wrapped = Trained(kind, wrap=False), Trained(kind, wrap=True)
-    model = wrapped.model
-    check_training(bare, wrapped)
-    check_average(model, wrapped.iterates)
-    check_evaluation(model, kind)
-    check_predictions(model, kind)
+    bare, model = check_all_but_saving(kind)
     # Keras merges the two factors into the kernel when it saves, of a bare model too.
-    bare.raw.save(tmp_path / "bare.keras")
+    bare.save(tmp_path / "bare.keras")
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     expected = keras.models.load_model(tmp_path / "bare.keras")
     assert_identical(expected.get_weights(), loaded.raw_model.get_weights())
-    assert not np.array_equal(bare.raw.layers[0].get_weights()[0], expected.get_weights()[0])
+    assert not np.array_equal(bare.layers[0].get_weights()[0], expected.get_weights()[0])
     for route in ("average", "raw"):
         assert_close(
             model.predict(X, using=route, verbose=0), loaded.predict(X, using=route, verbose=0)
@@ -156,14 +149,9 @@ def test_a_model_without_config_trains_through_a_clone_function_and_keeps_its_we
         PolyakModel(make_without_config())
     arguments = {"clone_function": make_without_config}
     kind = Kind(make_without_config, X, LABELS, arguments=arguments)
-    bare, wrapped = Trained(kind, wrap=False), Trained(kind, wrap=True)
-    model = wrapped.model
-    check_training(bare, wrapped)
-    check_average(model, wrapped.iterates)
-    check_evaluation(model, kind)
-    check_predictions(model, kind)
+    bare, model = check_all_but_saving(kind)
     # Keras saves no such model whole, wrapped or bare.
-    for each in (bare.raw, model):
+    for each in (bare, model):
         with pytest.raises(NotImplementedError, match="get_config"):
             each.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import CROSSENTROPY, LazyClassifier, Recorder
+from models import CROSSENTROPY, LazyClassifier, Recorder, assert_close
 
 from polyak_model import ExponentialAverage, PolyakModel, PowerAverage, UniformAverage
 
@@ -90,10 +90,7 @@ def train(place, batches, wrap=True, rule=None, optimizer="adam", **mode):
 def assert_average(rule, iterates, part, start=None):
     """Compares an average with the oracle, to four float32 roundings of the largest weight."""
     expected = closed_forms.average(rule, start or iterates[0], iterates)
-    received = part.average_model.get_weights()
-    for one, other in zip(expected, received, strict=True):
-        scale = np.finfo("float32").eps * np.abs(one).max(initial=0)
-        np.testing.assert_allclose(other, one, rtol=0, atol=4 * scale)
+    assert_close(expected, part.average_model.get_weights(), ulps=4)
 
 
 @pytest.mark.slow

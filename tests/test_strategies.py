@@ -15,7 +15,14 @@ import pytest
 import strategy_worker
 import tensorflow as tf
 from keras import layers
-from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier
+from models import (
+    CROSSENTROPY,
+    LazyClassifier,
+    assert_close,
+    assert_identical,
+    compile_classifier,
+    make_classifier,
+)
 
 from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
 
@@ -83,18 +90,6 @@ def assert_alike_on_all_replicas(model, expected=2):
         assert len(others) == expected - 1
         for other in others:
             np.testing.assert_array_equal(first, other, err_msg=variable.path)
-
-
-def assert_identical(expected, received):
-    for one, other in zip(expected, received, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def assert_close(expected, received, ulps):
-    """Compares to `ulps` float32 roundings of the largest weight of each tensor."""
-    for one, other in zip(expected, received, strict=True):
-        scale = np.finfo("float32").eps * np.abs(one).max(initial=0)
-        np.testing.assert_allclose(other, one, rtol=0, atol=ulps * scale)
 
 
 # The average

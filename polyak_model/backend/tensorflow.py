@@ -71,9 +71,9 @@ def move_compensated(triples, weight):
 def fingerprint(variables):
     """Returns a number that changes with the values of variables, an int64 tensor above or below 0.
 
-    It is a sum over the bits, each with a multiplier of its own, so the order
-    of summation does not matter; two sets of values have one number with a
-    probability near 2**-64.
+    It is a sum over the bits of the values, each with an odd multiplier of its
+    own: the order of summation does not matter, and a change of one value always
+    shows. Changes of several cancel about once in 2**32 times or less.
 
     Args:
         variables: Iterable of variables.
