@@ -7,6 +7,7 @@ import typing
 __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
+    from polyak_model.callbacks import AverageCheckpoint
     from polyak_model.model import PolyakModel
     from polyak_model.rules import (
         ExponentialAverage,
@@ -18,6 +19,7 @@ if typing.TYPE_CHECKING:
     )
 
 __all__ = [
+    "AverageCheckpoint",
     "ExponentialAverage",
     "PolyakModel",
     "PolynomialAverage",
@@ -26,14 +28,17 @@ __all__ = [
     "UniformAverage",
     "rescale_decay",
 ]
+_HOMES = {
+    "AverageCheckpoint": "polyak_model.callbacks",
+    "PolyakModel": "polyak_model.model",
+}
 
 
 def __getattr__(name):
     # Importing Keras takes seconds, and a command that finds its arguments wrong needs none of it.
     if name not in __all__:
         raise AttributeError(f"module 'polyak_model' has no attribute '{name}'")
-    home = "polyak_model.model" if name == "PolyakModel" else "polyak_model.rules"
-    return getattr(importlib.import_module(home), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "polyak_model.rules")), name)
 
 
 def __dir__():

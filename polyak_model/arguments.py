@@ -33,12 +33,12 @@ def check_exponent(name, value):
     return float(value)
 
 
-def check_integer(name, value, at_least):
+def check_integer(name, value, at_least, counts="optimizer steps"):
     """Returns `value` as an int, or raises `ValueError`."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_integer or value < at_least:
         raise ValueError(
-            f"`{name}` counts optimizer steps: it must be an int of at least {at_least}. "
+            f"`{name}` counts {counts}: it must be an int of at least {at_least}. "
             f"Received: {name}={value!r}."
         )
     return int(value)

@@ -210,3 +210,19 @@ def _is_empty_table(layer):
     # Keras saves the table of a layer that was never adapted, but cannot load it.
     kinds = (keras.layers.StringLookup, keras.layers.IntegerLookup, keras.layers.TextVectorization)
     return isinstance(layer, kinds) and not layer.get_vocabulary(include_special_tokens=False)
+
+
+def seed_states(model):
+    """Returns the variables of a model's random generators, which Keras leaves out of files.
+
+    Args:
+        model: A `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.layers.Dropout(0.5, seed=3)])
+    >>> [tuple(map(int, state.numpy())) for state in seed_states(model)]
+    [(3, 0)]
+    """
+    generators = [g for layer in model._flatten_layers() for g in layer._seed_generators]
+    return list({id(generator): generator.state for generator in generators}.values())

@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from polyak_model import backend, cloning, probing, rules
+from polyak_model import backend, cloning, descriptions, probing, rules
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import check_combine
 from polyak_model.replicas import check_compilation, check_method, check_placement
@@ -301,8 +301,12 @@ class PolyakModel(RoutedModel):
         # Keras calls it under a strategy: inside replicas no variable may be created.
         self._start_on_batch(data_batch)
         self._router.build_metrics(data_batch)
+        self._build_optimizer()
+
+    def _build_optimizer(self):
         if self.optimizer is not None and not self.optimizer.built:
-            self.optimizer.build(self.raw_model.trainable_variables)
+            with backend.strategy_scope(self):
+                self.optimizer.build(self.raw_model.trainable_variables)
 
     def _check_built(self, method):
         if not self.shadow.started:
@@ -361,6 +365,7 @@ class PolyakModel(RoutedModel):
         model.pop("compile_config", None)
         combine = self._router.combine
         return {
+            "format": descriptions.FORMAT,
             "name": self.name,
             "model": model,
             "average": serialize(self.shadow.rule),
@@ -377,6 +382,7 @@ class PolyakModel(RoutedModel):
     def from_config(cls, config):
         deserialize = keras.saving.deserialize_keras_object
         config = dict(config)
+        descriptions.check_format(config.pop("format", descriptions.FORMAT))
         for name in ("model", "average", "combine", "clone_function"):
             if isinstance(config[name], dict):
                 config[name] = deserialize(config[name])

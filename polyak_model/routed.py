@@ -6,9 +6,10 @@ import keras
 from keras import tree
 
 from polyak_model import routing
+from polyak_model.stored import StoredModel
 
 
-class RoutedModel(keras.Model):
+class RoutedModel(StoredModel):
     """Answers `evaluate` and `predict` through the average, the raw model or both.
 
     Args:
@@ -128,18 +129,19 @@ class RoutedModel(keras.Model):
         if validation_split or validation_data is not None:
             self._assert_compile_called("fit")
             self._router.check_scores(self._reported(None))
-        return super().fit(
-            x,
-            y,
-            batch_size,
-            epochs,
-            verbose,
-            callbacks,
-            validation_split,
-            validation_data,
-            *args,
-            **kwargs,
-        )
+        with self._backups.watched(callbacks):
+            return super().fit(
+                x,
+                y,
+                batch_size,
+                epochs,
+                verbose,
+                callbacks,
+                validation_split,
+                validation_data,
+                *args,
+                **kwargs,
+            )
 
     def evaluate(
         self,

@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from polyak_model import backend, cloning, probing
+from polyak_model import backend, cloning, descriptions, probing
 from polyak_model.partners import pair
 
 
@@ -14,8 +14,9 @@ class Shadow(keras.layers.Layer):
 
     It is a layer so that Keras saves its state: `step`, the optimizer steps
     taken since averaging (re)started; `absorbed`, the fingerprint of the newest
-    iterate in the average while it follows by itself, else 0; and the residuals
-    of compensation.
+    iterate in the average while it follows by itself, else 0; the residuals of
+    compensation; the seeds of both models; and a description of it all, with
+    `run`, which all files of one training have in common.
 
     Args:
         model: The average model, an unshared clone of the raw model.
@@ -34,6 +35,7 @@ class Shadow(keras.layers.Layer):
         self.non_trainable = non_trainable
         self.compensated = compensated
         self.device = device
+        self.run = descriptions.new_run()
         with backend.device(device):
             self.step = self._add_counter("step")
             self.absorbed = self._add_counter("absorbed")
@@ -77,6 +79,29 @@ class Shadow(keras.layers.Layer):
             probing.check_same_outputs(raw, self.model, inputs)
         self._partners = partners
         self.built = True
+
+    def description(self):
+        """Returns what a file says of this average, a dict."""
+        return descriptions.describe(self.rule, self.run, self._partners.raw.weights)
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.started:
+            store[descriptions.KEY] = descriptions.encode(self.description())
+            for index, seed in enumerate(self._seeds()):
+                store[f"seed_{index}"] = seed
+
+    def load_own_variables(self, store):
+        names = set(store.keys())
+        super().load_own_variables({name: store[name] for name in names if name.isdigit()})
+        if descriptions.KEY in names:
+            self.run = descriptions.decode(store[descriptions.KEY])["run"]
+        for index, seed in enumerate(self._seeds() if self.started else ()):
+            if f"seed_{index}" in names:
+                seed.assign(store[f"seed_{index}"])
+
+    def _seeds(self):
+        return cloning.seed_states(self._partners.raw) + cloning.seed_states(self.model)
 
     def check_complete(self):
         """Raises `ValueError` if the raw model has gained or lost weights since the start."""

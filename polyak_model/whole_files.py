@@ -47,11 +47,11 @@ def written_whole(path):
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         kept = "What was there before is unchanged. " if place.exists() else ""
-        raise type(error)(
-            error.errno,
+        message = (
             f"Cannot write {str(path)!r}: {error.strerror or error}. {kept}"
-            "Free space or choose another place",
-        ) from error
+            "Free space or choose another place."
+        )
+        raise OSError(error.errno, message) if error.errno else OSError(message) from error
 
 
 def _flush(path):

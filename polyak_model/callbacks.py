@@ -1,0 +1,247 @@
+"""Checkpoints of the average, the raw model or both, in files that hold what had the score."""
+
+import glob
+import math
+import os
+import pathlib
+import string
+import warnings
+
+import keras
+
+from polyak_model.arguments import check_choice, check_integer
+from polyak_model.model import PolyakModel
+from polyak_model.records import read_record, write_record
+from polyak_model.whole_files import written_whole
+
+CONTENTS = ("average", "raw", "both")
+
+
+class AverageCheckpoint(keras.callbacks.Callback):
+    """Saves the average model, the raw model, or the wrapper that holds both, while it trains.
+
+    Each file is written whole or not at all. It carries a record of the score
+    that its weights had, so that a training that is resumed, by
+    `BackupAndRestore`, `load_model` or `load_weights`, goes on from the best
+    score of its files. Files of other trainings are neither minded nor removed.
+
+    Args:
+        filepath: Path that ends with `.keras` (models) or `.weights.h5`
+            (weights), with placeholders as in `keras.callbacks.ModelCheckpoint`:
+            `"{epoch:02d}-{val_loss:.3f}.keras"`.
+        contents: `"average"` or `"raw"`, plain Keras models; or `"both"`, the
+            `PolyakModel`, from which training resumes. Defaults to `"average"`.
+        monitor: Name in the logs of the score. Defaults to `"val_loss"`.
+        mode: `"min"`, `"max"` or `"auto"`: which scores are better. Defaults to
+            `"auto"`, by the name or the metric.
+        save_best_only: Bool. Whether to save only what scores better than
+            everything before. The score must be that of the contents. Defaults
+            to False.
+        save_freq: `"epoch"`, or an int: after so many batches. Defaults to
+            `"epoch"`.
+        keep_last: Int, how many files to keep; older ones of this training are
+            removed after a new one is written. Defaults to None: all.
+
+    Raises:
+        ValueError: If an argument is out of its range. When training begins: if
+            `save_best_only` would score one model and save the other.
+        TypeError: When training begins, if the model is no `PolyakModel`.
+
+    Example:
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> model = PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+    >>> model.compile(optimizer="sgd", loss="mse")
+    >>> path = f"{tempfile.mkdtemp()}/best.keras"
+    >>> best = AverageCheckpoint(path, save_best_only=True)
+    >>> x, y = np.ones((8, 3)), np.ones((8, 1))
+    >>> history = model.fit(x, y, epochs=3, validation_data=(x, y), callbacks=[best], verbose=0)
+    >>> float(best.best) == min(history.history["val_loss"])
+    True
+    >>> keras.models.load_model(path).count_params()
+    4
+    """
+
+    def __init__(
+        self,
+        filepath,
+        contents="average",
+        monitor="val_loss",
+        mode="auto",
+        save_best_only=False,
+        save_freq="epoch",
+        keep_last=None,
+    ):
+        super().__init__()
+        self.filepath = os.fspath(filepath)
+        self.contents = check_choice("contents", contents, CONTENTS)
+        self.monitor = monitor
+        self.mode = check_choice("mode", mode, ("auto", "min", "max"))
+        self.save_best_only = bool(save_best_only)
+        self.save_freq = _check_frequency(save_freq, self.save_best_only)
+        self.keep_last = keep_last if keep_last is None else _check_kept(keep_last, self.filepath)
+        if not self.filepath.endswith((".keras", ".weights.h5")):
+            raise ValueError(
+                "`filepath` must end with '.keras', for models, or '.weights.h5', for weights. "
+                f"Received: filepath={self.filepath!r}."
+            )
+        self.best = None
+        self._run = None
+        self._unsaved = 0
+        self._last_batch = -1
+
+    def on_train_begin(self, logs=None):
+        if not isinstance(self.model, PolyakModel):
+            raise TypeError(
+                "AverageCheckpoint saves the models of a PolyakModel. Received: the fit of a "
+                f"{type(self.model).__name__}. Wrap the model, PolyakModel(model), or use "
+                "keras.callbacks.ModelCheckpoint."
+            )
+        route = self._scored()
+        if self.save_best_only and self.contents not in ("both", route):
+            prefix = "" if self.model.inference == self.contents else f"{self.contents}_"
+            raise ValueError(
+                f"The file must hold the weights that had the score. Received: contents="
+                f"{self.contents!r} and monitor={self.monitor!r}, a score of the {route} model"
+                f"{'s' * (route == 'ensemble')}. Monitor 'val_{prefix}loss' (it is reported with "
+                f"PolyakModel(report=...) that names {self.contents!r}), or save contents='both'."
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Now that every callback has restored what it restores.
+        self._epoch, self._last_batch = epoch, -1
+        if self._run != self.model.shadow.run:
+            self._run, self.best = self.model.shadow.run, None
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.save_best_only and self.mode == "auto":
+            # At the first batch the metrics are built; this is the earliest to tell.
+            self.mode = self._direction()
+        # With steps_per_execution, batches come in bunches.
+        self._unsaved += batch - self._last_batch
+        self._last_batch = batch
+        if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
+            self._unsaved = 0
+            self._save({"epoch": self._epoch + 1, "batch": batch + 1}, logs or {})
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = logs or {}
+        if self.save_freq == "epoch" and (not self.save_best_only or self._improves(logs)):
+            self._save({"epoch": epoch + 1}, logs)
+
+    def _scored(self):
+        # The route whose score is monitored.
+        if not self.monitor.startswith("val_"):
+            return "raw"
+        for route in self.model.report or ():
+            if self.monitor.startswith(f"val_{route}_") and route != self.model.inference:
+                return route
+        return self.model.inference
+
+    def _direction(self):
+        name = self.monitor.removeprefix("val_")
+        if name.endswith("loss"):
+            return "min"
+        groups = (getattr(metric, "metrics", [metric]) for metric in self.model.metrics)
+        for metric in (metric for group in groups for metric in group):
+            direction = getattr(metric, "_direction", None)
+            if direction and (name == metric.name or name.endswith(f"_{metric.name}")):
+                return {"up": "max", "down": "min"}[direction]
+        raise ValueError(
+            f"`mode` must be 'min' or 'max' for monitor={self.monitor!r}, of which Keras does not "
+            "tell whether more is better. Received: mode='auto'."
+        )
+
+    def _improves(self, logs):
+        score = logs.get(self.monitor)
+        validated = any(name.startswith("val_") for name in logs)
+        if score is None and (validated or not self.monitor.startswith("val_")):
+            raise ValueError(
+                f"`monitor` must be in the logs. Received: monitor={self.monitor!r}. The logs "
+                f"have {sorted(logs)}."
+            )
+        if score is None:
+            warnings.warn(
+                f"Nothing was saved after epoch {self._epoch + 1}: there is no {self.monitor!r} "
+                "without validation. Pass validation_data to fit.",
+                stacklevel=2,
+            )
+            return False
+        if not self._is_better(score, self._best_on_disk()):
+            return False
+        self.best = float(score)
+        return True
+
+    def _is_better(self, score, other):
+        if other is None or math.isnan(other):
+            return not math.isnan(score)
+        return score < other if self.mode == "min" else score > other
+
+    def _best_on_disk(self):
+        # The files know more than this object when the process was killed in between.
+        best = self.best
+        for record in self._files().values():
+            if record.get("monitor") == self.monitor and self._is_better(record["score"], best):
+                best = record["score"]
+        self.best = best
+        return best
+
+    def _files(self):
+        # The files that this callback wrote in this training, with their records.
+        records = {path: read_record(path) for path in glob.glob(_pattern(self.filepath))}
+        return {path: record for path, record in records.items() if self._own < record.items()}
+
+    @property
+    def _own(self):
+        name = os.path.basename(self.filepath)
+        return {"run": self._run, "callback": f"{name} {self.contents}"}.items()
+
+    def _save(self, moment, logs):
+        path = pathlib.Path(self.filepath.format(**{**logs, **moment}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {**dict(self._own), "step": self.model.average_step, **moment}
+        if self.contents in ("both", self._scored()) and self.monitor in logs:
+            record.update(monitor=self.monitor, score=float(logs[self.monitor]))
+        model = {
+            "average": self.model.average_model,
+            "raw": self.model.raw_model,
+            "both": self.model,
+        }[self.contents]
+        with written_whole(path) as partial:
+            if path.name.endswith(".keras"):
+                keras.saving.save_model(model, partial)
+            else:
+                keras.Model.save_weights(model, partial)
+            write_record(partial, record)
+        if self.keep_last:
+            files = self._files()
+            newest_first = sorted(files, key=lambda name: files[name]["step"], reverse=True)
+            for old in newest_first[self.keep_last :]:
+                os.remove(old)
+
+
+def _check_frequency(save_freq, save_best_only):
+    if save_freq == "epoch":
+        return save_freq
+    if save_best_only:
+        raise ValueError(
+            "`save_best_only` needs the score of a whole epoch. Received: save_best_only=True with "
+            f"save_freq={save_freq!r}. Use save_freq='epoch', or keep_last to limit the files."
+        )
+    return check_integer("save_freq", save_freq, at_least=1, counts="batches, if not 'epoch'")
+
+
+def _check_kept(keep_last, filepath):
+    if _pattern(filepath) == glob.escape(filepath):
+        raise ValueError(
+            "`keep_last` needs a filepath that differs from file to file. Received: "
+            f"filepath={filepath!r}. Use e.g. '{{epoch:03d}}.keras'."
+        )
+    return check_integer("keep_last", keep_last, at_least=1, counts="files")
+
+
+def _pattern(filepath):
+    # 'a/{epoch:02d}.keras' becomes 'a/*.keras'.
+    parts = string.Formatter().parse(filepath)
+    return "".join(glob.escape(text) + "*" * (field is not None) for text, field, _, _ in parts)
