@@ -107,7 +107,9 @@ class StoredModel(keras.Model):
                     descriptions.check_weights(description, self.raw_model.weights)
             except ValueError as error:
                 raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
-        if any(path.startswith("optimizer/") for path in paths):
+        # Keras loads no state into an optimizer that has none yet.
+        saved = [path for path in paths if path.startswith("layers/") and "/optimizer/" in path]
+        if self.optimizer is not None and len(saved) > len(self.optimizer.variables):
             self._build_optimizer()
 
     @contextlib.contextmanager

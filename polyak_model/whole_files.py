@@ -1,10 +1,16 @@
 """A file is written whole or not at all."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import shutil
 import tempfile
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, and opens no folders.
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -13,7 +19,7 @@ def written_whole(path):
 
     Whatever fails, the process being killed included, at `path` lies what lay
     there before or the whole new file. A process killed while it writes leaves a
-    folder `.partial-...` beside it.
+    folder `.partial-...` beside it, which the next one to write this file removes.
 
     Args:
         path: Where the file shall be; its folder exists.
@@ -37,25 +43,53 @@ def written_whole(path):
     if place.is_dir():
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a folder. Choose another name.")
     try:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
-        try:
-            yield folder / place.name
-            _flush(folder / place.name)
-            os.replace(folder / place.name, place)
-            _flush(place.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_abandoned(place)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(place), dir=place.parent))
+        with _locked(folder):
+            try:
+                yield folder / place.name
+                _flush(folder / place.name)
+                os.replace(folder / place.name, place)
+                _flush(place.parent)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
+        # HDF5 puts a page of its own state into the message.
+        reason = os.strerror(error.errno) if error.errno else error
         kept = "What was there before is unchanged. " if place.exists() else ""
-        message = (
-            f"Cannot write {str(path)!r}: {error.strerror or error}. {kept}"
-            "Free space or choose another place."
-        )
+        message = f"Cannot write {str(path)!r}: {reason}. {kept}Free space or choose another place."
         raise OSError(error.errno, message) if error.errno else OSError(message) from error
+
+
+def _prefix(place):
+    return f".partial-{place.name[:100]}-"
+
+
+def _remove_abandoned(place):
+    for folder in place.parent.glob(f"{glob.escape(_prefix(place))}*"):
+        with _locked(folder) as is_mine:
+            if is_mine:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    # The lock ends with the process that holds it, however that ends. Some file systems have none.
+    with contextlib.ExitStack() as stack:
+        is_mine = False
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_mine = True
+        yield is_mine
 
 
 def _flush(path):
     # The rename must not reach the disk before what it renames.
+    if path.is_dir() and fcntl is None:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
