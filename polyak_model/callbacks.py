@@ -12,6 +12,7 @@ import keras
 from polyak_model.arguments import check_choice, check_integer
 from polyak_model.model import PolyakModel
 from polyak_model.records import read_record, write_record
+from polyak_model.stored import size_in_file
 from polyak_model.whole_files import written_whole
 
 CONTENTS = ("average", "raw", "both")
@@ -24,6 +25,8 @@ class AverageCheckpoint(keras.callbacks.Callback):
     that its weights had, so that a training that is resumed, by
     `BackupAndRestore`, `load_model` or `load_weights`, goes on from the best
     score of its files. Files of other trainings are neither minded nor removed.
+    At the end of an epoch with validation it saves before any other callback can
+    change the weights that were scored.
 
     Args:
         filepath: Path that ends with `.keras` (models) or `.weights.h5`
@@ -88,6 +91,8 @@ class AverageCheckpoint(keras.callbacks.Callback):
             )
         self.best = None
         self._run = None
+        self._epoch = None  # The number of the epoch under way, from 1, until it was dealt with.
+        self._training_logs = {}
         self._unsaved = 0
         self._last_batch = -1
 
@@ -109,26 +114,44 @@ class AverageCheckpoint(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch, logs=None):
-        # Now that every callback has restored what it restores.
-        self._epoch, self._last_batch = epoch, -1
+        # By now every callback has restored what it restores.
+        self._epoch, self._last_batch = epoch + 1, -1
         if self._run != self.model.shadow.run:
             self._run, self.best = self.model.shadow.run, None
 
     def on_train_batch_end(self, batch, logs=None):
         if self.save_best_only and self.mode == "auto":
-            # At the first batch the metrics are built; this is the earliest to tell.
+            # With the first batch the metrics are built; this is the earliest to tell.
             self.mode = self._direction()
+        self._training_logs = logs or {}
         # With steps_per_execution, batches come in bunches.
         self._unsaved += batch - self._last_batch
         self._last_batch = batch
         if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
             self._unsaved = 0
-            self._save({"epoch": self._epoch + 1, "batch": batch + 1}, logs or {})
+            self._save({"epoch": self._epoch, "batch": batch + 1}, self._training_logs)
+
+    def on_test_end(self, logs=None):
+        # Here no other callback can have changed the weights since they were scored.
+        scores = {f"val_{name}": value for name, value in (logs or {}).items()}
+        logs = {**self._training_logs, **scores}
+        if self._epoch is not None and self._has_all(logs):
+            self._end_epoch(logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        logs = logs or {}
-        if self.save_freq == "epoch" and (not self.save_best_only or self._improves(logs)):
-            self._save({"epoch": epoch + 1}, logs)
+        if self._epoch is not None:
+            self._end_epoch(logs or {})
+
+    def _has_all(self, logs):
+        # Other callbacks may add to the logs until the end of the epoch.
+        named = {field for _, field, _, _ in string.Formatter().parse(self.filepath) if field}
+        needed = named | {self.monitor} if self.save_best_only else named
+        return needed <= {"epoch", *logs}
+
+    def _end_epoch(self, logs):
+        epoch, self._epoch = self._epoch, None
+        if self.save_freq == "epoch" and (not self.save_best_only or self._improves(epoch, logs)):
+            self._save({"epoch": epoch}, logs)
 
     def _scored(self):
         # The route whose score is monitored.
@@ -153,7 +176,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
             "tell whether more is better. Received: mode='auto'."
         )
 
-    def _improves(self, logs):
+    def _improves(self, epoch, logs):
         score = logs.get(self.monitor)
         validated = any(name.startswith("val_") for name in logs)
         if score is None and (validated or not self.monitor.startswith("val_")):
@@ -163,15 +186,15 @@ class AverageCheckpoint(keras.callbacks.Callback):
             )
         if score is None:
             warnings.warn(
-                f"Nothing was saved after epoch {self._epoch + 1}: there is no {self.monitor!r} "
+                f"Nothing was saved after epoch {epoch}: there is no {self.monitor!r} "
                 "without validation. Pass validation_data to fit.",
                 stacklevel=2,
             )
             return False
-        if not self._is_better(score, self._best_on_disk()):
-            return False
-        self.best = float(score)
-        return True
+        best = self._best_on_disk()
+        improves = self._is_better(score, best)
+        self.best = float(score) if improves else best
+        return improves
 
     def _is_better(self, score, other):
         if other is None or math.isnan(other):
@@ -184,7 +207,6 @@ class AverageCheckpoint(keras.callbacks.Callback):
         for record in self._files().values():
             if record.get("monitor") == self.monitor and self._is_better(record["score"], best):
                 best = record["score"]
-        self.best = best
         return best
 
     def _files(self):
@@ -208,7 +230,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
             "raw": self.model.raw_model,
             "both": self.model,
         }[self.contents]
-        with written_whole(path) as partial:
+        with written_whole(path, size_in_file(model)) as partial:
             if path.name.endswith(".keras"):
                 keras.saving.save_model(model, partial)
             else:

@@ -63,7 +63,7 @@ def decode(array):
     """
     try:
         description = json.loads(np.asarray(array, "uint8").tobytes())
-        number, version = description["format"], description["version"]
+        number, version = int(description["format"]), description["version"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"The file's description of itself cannot be read: {error!r}.") from error
     check_format(number, version)

@@ -1,9 +1,12 @@
 """A model whose files are written whole, and loaded wholly or not at all."""
 
 import contextlib
+import math
 import os
 
 import keras
+import ml_dtypes  # noqa: F401  So that NumPy knows bfloat16.
+import numpy as np
 
 from polyak_model import backend, descriptions
 from polyak_model.arguments import InputError
@@ -39,7 +42,7 @@ class StoredModel(keras.Model):
         if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
             save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
         else:
-            with written_whole(filepath) as partial:
+            with written_whole(filepath, size_in_file(self)) as partial:
                 save(partial, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
@@ -61,7 +64,7 @@ class StoredModel(keras.Model):
         if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
             save_weights(filepath, overwrite=overwrite, **kwargs)
         else:
-            with written_whole(filepath) as partial:
+            with written_whole(filepath, size_in_file(self)) as partial:
                 save_weights(partial)
                 self._backups.record(filepath, partial)
 
@@ -109,12 +112,16 @@ class StoredModel(keras.Model):
                 raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
         # Keras loads no state into an optimizer that has none yet.
         saved = [path for path in paths if path.startswith("layers/") and "/optimizer/" in path]
-        if self.optimizer is not None and len(saved) > len(self.optimizer.variables):
+        if (
+            self.compiled
+            and self.optimizer is not None
+            and len(saved) > len(self.optimizer.variables)
+        ):
             self._build_optimizer()
 
     @contextlib.contextmanager
     def _unchanged_on_failure(self):
-        variables = [*self.variables, *self.metrics_variables, *optimizer_variables(self.raw_model)]
+        variables = state_variables(self)
         values = [keras.ops.convert_to_numpy(variable) for variable in variables]
         run = self.shadow.run
         try:
@@ -125,16 +132,32 @@ class StoredModel(keras.Model):
             raise
 
 
-def optimizer_variables(model):
-    """Returns the variables of all optimizers of a model, those of its own making included.
+def state_variables(model):
+    """Returns all variables that Keras saves with a model, and its seeds.
+
+    Args:
+        model: A `keras.Model`; optimizers of its own making are found, too.
+    """
+    kind = keras.optimizers.Optimizer
+    owned = [value for part in model._flatten_layers() for value in vars(part).values()]
+    optimizers = [value for value in owned if isinstance(value, kind)]
+    variables = [variable for optimizer in optimizers for variable in optimizer.variables]
+    found = [*model.variables, *model.metrics_variables, *variables]
+    return list({id(variable): variable for variable in found}.values())
+
+
+def size_in_file(model):
+    """Returns how many bytes a file of a model takes, at most: an int.
 
     Args:
         model: A `keras.Model`.
     """
-    kind = keras.optimizers.Optimizer
-    owned = (value for part in model._flatten_layers() for value in vars(part).values())
-    optimizers = {id(value): value for value in owned if isinstance(value, kind)}.values()
-    return [variable for optimizer in optimizers for variable in optimizer.variables]
+    overhead = 4096  # HDF5 and the config add less to each variable.
+    sizes = [
+        math.prod(variable.shape) * np.dtype(str(variable.dtype)).itemsize
+        for variable in state_variables(model)
+    ]
+    return sum(sizes) + overhead * (len(sizes) + 16)
 
 
 def _is_written_here(filepath, ending, overwrite):

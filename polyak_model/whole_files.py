@@ -1,6 +1,7 @@
 """A file is written whole or not at all."""
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
@@ -14,7 +15,7 @@ except ImportError:  # Windows has no such locks, and opens no folders.
 
 
 @contextlib.contextmanager
-def written_whole(path):
+def written_whole(path, size=0):
     """Lets a file be written beside its place, and puts it there once it is whole.
 
     Whatever fails, the process being killed included, at `path` lies what lay
@@ -23,6 +24,9 @@ def written_whole(path):
 
     Args:
         path: Where the file shall be; its folder exists.
+        size: Int, bytes that it may take: if there is no room for them, nothing
+            is begun. Defaults to 0. HDF5, which may crash the process when a
+            disk fills up, should not be trusted to find out.
 
     Yields:
         A `pathlib.Path` of the same name to write to.
@@ -47,6 +51,7 @@ def written_whole(path):
         folder = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(place), dir=place.parent))
         with _locked(folder):
             try:
+                _check_room(folder, size)
                 yield folder / place.name
                 _flush(folder / place.name)
                 os.replace(folder / place.name, place)
@@ -59,6 +64,19 @@ def written_whole(path):
         kept = "What was there before is unchanged. " if place.exists() else ""
         message = f"Cannot write {str(path)!r}: {reason}. {kept}Free space or choose another place."
         raise OSError(error.errno, message) if error.errno else OSError(message) from error
+
+
+def _check_room(folder, size):
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    with open(folder / "room", "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            # Some file systems cannot tell.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.remove(folder / "room")
 
 
 def _prefix(place):

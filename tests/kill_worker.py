@@ -5,6 +5,7 @@ FOLDER/0, FOLDER/1, ... each to its end, restarted after each of so many kills i
 while a file is being written.
 """
 
+import contextlib
 import itertools
 import os
 import pathlib
@@ -36,7 +37,7 @@ def make_model():
         ]
     )
     inner.compile(
-        optimizer=keras.optimizers.Adam(0.3),
+        optimizer=keras.optimizers.Adam(0.1),
         loss="sparse_categorical_crossentropy",
         run_eagerly=True,
     )
@@ -63,13 +64,13 @@ def train(folder, order):
         epochs=EPOCHS,
         shuffle=False,
         verbose=0,
-        validation_data=(x[::-1], y),
+        validation_data=(x, y),
         callbacks=callbacks[::order],
     )
     average = keras.models.load_model(folder / "best.keras")
     state = [*model.variables, *model.average_model.variables, *model.optimizer.variables]
     arrays = [variable.numpy() for variable in (*state, *average.weights)]
-    np.savez(folder / "state.npz", *arrays, best=best.best, scored=average.evaluate(x[::-1], y))
+    np.savez(folder / "state.npz", *arrays, best=best.best, scored=average.evaluate(x, y))
     tell(folder, "finished")
 
 
@@ -121,8 +122,8 @@ def wait_for_writing(folder, times, child):
 
 
 def begun_files(folder):
-    names = [*os.listdir(folder)]
-    if (folder / "backup").exists():
+    names = os.listdir(folder)
+    with contextlib.suppress(FileNotFoundError):
         names += os.listdir(folder / "backup")
     return {name for name in names if name.startswith(".partial-")}
 

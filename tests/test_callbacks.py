@@ -1,300 +1,258 @@
-"""Every callback that Keras ships works as it does on the bare model, or is refused."""
+"""AverageCheckpoint: the file holds what had the score, also after a training was resumed."""
 
-import math
+import os
 
 import keras
 import numpy as np
 import pytest
-from keras import callbacks, layers
 from models import (
-    Recorder,
     assert_identical,
-    assert_trains_as_bare,
     compile_classifier,
     make_classifier,
     make_compiled,
 )
 
-from polyak_model import PolyakModel, PowerAverage
-
-# Each makes a callback that may write into a folder.
-KINDS = {
-    "BackupAndRestore": lambda folder: callbacks.BackupAndRestore(folder / "backup"),
-    "CSVLogger": lambda folder: callbacks.CSVLogger(folder / "log.csv"),
-    "EarlyStopping": lambda folder: callbacks.EarlyStopping("val_loss", min_delta=9, patience=2),
-    "History": lambda folder: callbacks.History(),
-    "LambdaCallback": lambda folder: callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: (folder / f"{epoch}.txt").write_text(str(logs))
-    ),
-    "LearningRateScheduler": lambda folder: callbacks.LearningRateScheduler(
-        lambda epoch, rate: rate / (1 + epoch)
-    ),
-    "ModelCheckpoint": lambda folder: callbacks.ModelCheckpoint(
-        folder / "{epoch}.weights.h5", save_weights_only=True
-    ),
-    "ProgbarLogger": lambda folder: callbacks.ProgbarLogger(),
-    "ReduceLROnPlateau": lambda folder: callbacks.ReduceLROnPlateau(patience=0, min_delta=9.0),
-    "TensorBoard": lambda folder: callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1),
-    "TerminateOnNaN": lambda folder: callbacks.TerminateOnNaN(),
-}
-# TensorBoard's events and the wrapper's own files are not those of the bare model.
-COMPARED = ("*.csv", "*.txt")
+from polyak_model import AverageCheckpoint, PolyakModel
 
 
-def folders(path):
-    """Yields a folder for the bare and one for the wrapped run."""
-    for name in ("bare", "wrapped"):
-        (path / name).mkdir()
-        yield path / name
+@pytest.fixture
+def fit(batches):
+    """Fits with callbacks, in order, two steps an epoch, and returns the history."""
 
-
-def needs_package(name):
-    if name == "TensorBoard":
-        pytest.importorskip("tensorboard", reason="TensorFlow no longer installs tensorboard")
-
-
-def assert_called_as_bare(names, batches, path):
-    """Compares a bare with a wrapped fit under fresh callbacks, and the files that they wrote."""
-    written = []
-    destinations = folders(path)
-
-    def fit(model, recorder):
-        folder = next(destinations)
-        model.fit(
+    def fit(model, *callbacks, epochs=4, validate=True, **kwargs):
+        return model.fit(
             *batches,
-            batch_size=16,
-            epochs=5,
-            verbose=0,
-            validation_data=batches,
-            callbacks=[recorder, *(KINDS[name](folder) for name in names)],
-        )
-        files = sorted(file for pattern in COMPARED for file in folder.glob(pattern))
-        written.append({file.name: file.read_text() for file in files})
-        assert any(folder.iterdir()) or not WRITERS & set(names)
-
-    model = assert_trains_as_bare(fit)
-    assert written[0] == written[1]
-    return model
-
-
-WRITERS = {"CSVLogger", "LambdaCallback", "ModelCheckpoint", "TensorBoard"}
-
-
-def test_every_callback_of_this_keras_is_known():
-    shipped = {
-        name
-        for name, kind in vars(callbacks).items()
-        if isinstance(kind, type) and issubclass(kind, callbacks.Callback)
-    }
-    # The first two are no callbacks to pass; the next needs a network, and the next a package that
-    # brings JAX along; the last is refused.
-    others = {"Callback", "CallbackList", "RemoteMonitor", "OrbaxCheckpoint", "SwapEMAWeights"}
-    assert shipped - others == set(KINDS)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_callback_alone_works_as_on_the_bare_model(name, batches, tmp_path):
-    needs_package(name)
-    assert_called_as_bare([name], batches, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", [1, -1], ids=["in-order", "reversed"])
-def test_all_callbacks_together_work_as_on_the_bare_model(order, batches, tmp_path):
-    names = [name for name in KINDS if name != "TensorBoard"][::order]
-    assert assert_called_as_bare(names, batches, tmp_path).average_step == 12
-
-
-def test_training_ends_at_the_batch_that_is_no_number_as_it_does_bare(batches):
-    x = np.copy(batches[0])
-    x[40] = math.nan
-    seen = []
-    for wrap in (False, True):
-        inner = make_compiled("sgd")
-        recorder = Recorder(inner)
-        model = PolyakModel(inner, inference="raw") if wrap else inner
-        model.fit(
-            x,
-            batches[1],
-            batch_size=16,
-            epochs=3,
-            verbose=0,
+            batch_size=32,
+            epochs=epochs,
             shuffle=False,
-            callbacks=[callbacks.TerminateOnNaN(), recorder],
-        )
-        seen.append(recorder.weights)
-    assert len(seen[0]) < 12
-    for one, other in zip(*seen, strict=True):
-        assert_identical(one, other)
+            verbose=0,
+            validation_data=batches if validate else None,
+            callbacks=list(callbacks),
+            **kwargs,
+        ).history
+
+    return fit
 
 
-# Stopping early
+def make_model(**kwargs):
+    # Three epochs downhill, then uphill.
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([6], [1.0, -1.0])
+    inner = compile_classifier(make_classifier(), keras.optimizers.SGD(rate), run_eagerly=True)
+    return PolyakModel(inner, 0.5, **kwargs)
 
 
-@pytest.mark.parametrize("order", [1, -1], ids=["in-order", "reversed"])
-def test_early_stopping_among_others_restores_what_had_the_score(order, batches, tmp_path):
-    model = PolyakModel(compile_classifier(make_classifier(), keras.optimizers.SGD(0.5)), 0.5)
-    listed = [
-        callbacks.EarlyStopping(patience=2, restore_best_weights=True),
-        callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
-        callbacks.ReduceLROnPlateau(patience=1),
-        callbacks.CSVLogger(tmp_path / "log.csv"),
-    ]
-    scores = model.fit(
-        *batches,
-        batch_size=16,
-        epochs=30,
-        verbose=0,
-        validation_data=batches,
-        callbacks=listed[::order],
-    ).history["val_loss"]
-    assert len(scores) < 30
-    best = keras.models.load_model(tmp_path / "best.keras")
-    assert best.average_step == model.average_step == 4 * (1 + int(np.argmin(scores)))
-    assert_identical(best.get_weights(), model.get_weights())
-    assert_identical(best.average_model.get_weights(), model.average_model.get_weights())
-    score = model.evaluate(*batches, batch_size=16, verbose=0)[0]
-    assert score == pytest.approx(min(scores), rel=1e-6)
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-# Stopping and going on
+class Recorder(keras.callbacks.Callback):
+    """Records the weights of both models when they are scored."""
 
+    def __init__(self):
+        super().__init__()
+        self.average, self.raw = [], []
 
-def make_wrapped():
-    """Wraps a net without dropout, whose state Keras does not save."""
-    keras.utils.set_random_seed(1)
-    inner = keras.Sequential(
-        [
-            keras.Input((6,)),
-            layers.Dense(5, activation="relu"),
-            layers.BatchNormalization(momentum=0.9),
-            layers.Dense(3, activation="softmax"),
-        ]
-    )
-    compile_classifier(inner)
-    rule = PowerAverage(2, start_step=3, update_every=2)
-    return PolyakModel(inner, rule, compensated=True)
-
-
-def fit_in_order(model, x, y, **arguments):
-    model.fit(x, y, batch_size=16, verbose=0, shuffle=False, **arguments)
-
-
-def assert_same_state(expected, received):
-    """Compares raw and average weights, residuals, step and optimizer bit for bit."""
-    assert expected.average_step == received.average_step > 0
-    assert_identical(expected.get_weights(), received.get_weights())
-    assert_identical(expected.average_model.get_weights(), received.average_model.get_weights())
-    variables = [[v.numpy() for v in model.optimizer.variables] for model in (expected, received)]
-    assert_identical(*variables)
+    def on_test_begin(self, logs=None):
+        self.average.append(self.model.average_model.get_weights())
+        self.raw.append(self.model.raw_model.get_weights())
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_as_if_never_stopped(
-    ending, batches, tmp_path
-):
-    x, y = batches
-    model = make_wrapped()
-    checkpoint = callbacks.ModelCheckpoint(
-        tmp_path / ("{epoch}-{batch}" + ending),
-        save_freq=3,
-        save_weights_only=ending == ".weights.h5",
-    )
-    fit_in_order(model, x, y, epochs=2, callbacks=[checkpoint])
-    assert {file.name for file in tmp_path.iterdir()} == {f"1-3{ending}", f"2-2{ending}"}
-    path = tmp_path / f"2-2{ending}"
-    if ending == ".keras":
-        loaded = keras.models.load_model(path)
-    else:
-        loaded = make_wrapped()
-        loaded.optimizer.build(loaded.trainable_variables)
-        loaded.load_weights(path)
-    assert loaded.average_step == 6
-    fit_in_order(loaded, x[32:], y[32:])
-    assert_same_state(model, loaded)
+def test_each_kind_of_contents_is_saved_as_itself(fit, tmp_path, ending):
+    model, recorder = make_model(), Recorder()
+    files = {kind: tmp_path / f"{kind}{ending}" for kind in ("average", "raw", "both")}
+    fit(model, recorder, *(AverageCheckpoint(file, kind) for kind, file in files.items()), epochs=2)
+    loaded = {}
+    for kind, file in files.items():
+        if ending == ".keras":
+            loaded[kind] = keras.models.load_model(file)
+        else:
+            loaded[kind] = make_model() if kind == "both" else make_classifier()
+            loaded[kind].load_weights(file)
+    assert_identical(loaded["average"].get_weights(), recorder.average[-1])
+    assert_identical(loaded["raw"].get_weights(), recorder.raw[-1])
+    assert loaded["both"].average_step == 4
+    assert_identical(loaded["both"].average_model.get_weights(), recorder.average[-1])
 
 
-class Interruption(callbacks.Callback):
-    """Fails in the third epoch, in its middle or at its end."""
-
-    def __init__(self, moment):
-        super().__init__()
-        self.moment = moment
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if (self.moment, self.epoch, batch) == ("middle", 2, 1):
-            raise RuntimeError("interrupted")
+class Spoiler(keras.callbacks.Callback):
+    """Changes all weights at the end of each epoch."""
 
     def on_epoch_end(self, epoch, logs=None):
-        if (self.moment, epoch) == ("end", 2):
-            raise RuntimeError("interrupted")
+        for variable in [*self.model.raw_model.weights, *self.model.average_model.weights]:
+            variable.assign(variable * 1.01)
 
 
-def fit_interrupted(make, moment, folder, batches, epochs=4, order=1, **kwargs):
-    """Fits until the interruption and then to the end, with a fresh model from the backup."""
-    model = make()
-    listed = [callbacks.BackupAndRestore(folder, **kwargs), Interruption(moment)]
-    with pytest.raises(RuntimeError, match="interrupted"):
-        fit_in_order(model, *batches, epochs=epochs, callbacks=listed[::order])
-    model = make()
-    fit_in_order(
-        model, *batches, epochs=epochs, callbacks=[callbacks.BackupAndRestore(folder, **kwargs)]
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_the_best_file_holds_the_weights_that_had_the_best_score(fit, tmp_path, order):
+    model, recorder = make_model(), Recorder()
+    best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    scores = fit(model, recorder, *[best, Spoiler()][::order], epochs=6)["val_loss"]
+    assert 0 < int(np.argmin(scores)) < 5
+    assert best.best == min(scores)
+    loaded = keras.models.load_model(tmp_path / "best.keras")
+    assert_identical(loaded.get_weights(), recorder.average[int(np.argmin(scores))])
+
+
+def test_the_best_by_a_metric_that_grows_is_the_greatest(fit, tmp_path):
+    model = make_model(report=("average", "raw"))
+    path = tmp_path / "{epoch}.weights.h5"
+    best = AverageCheckpoint(path, "raw", "val_raw_accuracy", save_best_only=True)
+    scores = fit(model, best, epochs=5)["val_raw_accuracy"]
+    assert best.best == max(scores) > scores[0]
+    improved = [e for e in range(5) if scores[e] > max(scores[:e], default=-1)]
+    assert names(tmp_path) == [f"{epoch + 1}.weights.h5" for epoch in improved]
+
+
+def test_a_score_that_is_no_number_is_never_best(fit, tmp_path):
+    best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    model = make_model()
+    fit(model, best, epochs=1)
+    score = best.best
+    model.average_model.weights[0].assign(model.average_model.weights[0] * np.nan)
+    assert np.isnan(fit(model, best, epochs=1)["val_loss"]).all()
+    assert best.best == score
+
+
+def test_batches_are_counted_across_epochs(fit, tmp_path):
+    callback = AverageCheckpoint(tmp_path / "{epoch}-{batch}.weights.h5", save_freq=3)
+    fit(make_model(), callback, epochs=5)
+    assert names(tmp_path) == ["2-1.weights.h5", "3-2.weights.h5", "5-1.weights.h5"]
+
+
+def test_batches_that_run_in_one_execution_are_counted_all(fit, tmp_path):
+    inner = compile_classifier(make_classifier(), "sgd", steps_per_execution=2)
+    callback = AverageCheckpoint(tmp_path / "{epoch}.weights.h5", save_freq=4)
+    fit(PolyakModel(inner), callback, epochs=4)
+    assert names(tmp_path) == ["2.weights.h5", "4.weights.h5"]
+
+
+def test_only_the_last_files_of_this_training_and_this_callback_are_kept(fit, tmp_path):
+    (tmp_path / "notes.keras").write_text("mine")
+    fit(make_model(), AverageCheckpoint(tmp_path / "old-{epoch}.keras"), epochs=1)
+    fit(
+        make_model(),
+        AverageCheckpoint(tmp_path / "{epoch}.keras", keep_last=2),
+        AverageCheckpoint(tmp_path / "raw-{epoch}.keras", "raw"),
     )
-    return model
+    others = ["notes.keras", "old-1.keras", *(f"raw-{epoch}.keras" for epoch in range(1, 5))]
+    assert names(tmp_path) == ["3.keras", "4.keras", *others]
 
 
-@pytest.mark.parametrize(
-    ("moment", "order"),
-    [("middle", 1), ("end", 1), ("end", -1)],
-    ids=["middle", "after-backup", "before-backup"],
-)
-def test_an_interrupted_fit_goes_on_from_its_backup_as_if_never_interrupted(
-    moment, order, batches, tmp_path
-):
-    expected = make_wrapped()
-    fit_in_order(expected, *batches, epochs=4)
-    received = fit_interrupted(make_wrapped, moment, tmp_path / "backup", batches, order=order)
-    assert received.average_step == 16
-    assert_same_state(expected, received)
+def test_a_resumed_training_goes_on_from_the_best_score_and_the_files_of_before(fit, tmp_path):
+    def callbacks(folder):
+        return (
+            AverageCheckpoint(folder / "best.keras", save_best_only=True),
+            AverageCheckpoint(folder / "{epoch}.weights.h5", "both", keep_last=2),
+        )
 
-
-def test_a_backup_of_the_middle_of_an_epoch_goes_on_as_that_of_the_bare_model_does(
-    batches, tmp_path
-):
-    bare = fit_interrupted(
-        lambda: make_wrapped().raw_model, "middle", tmp_path / "bare", batches, save_freq=2
+    whole = callbacks(tmp_path / "whole")
+    fit(make_model(), *whole, epochs=6)
+    fit(make_model(), *callbacks(tmp_path / "halves"), epochs=3)
+    model = make_model()
+    model.load_weights(tmp_path / "halves" / "3.weights.h5")
+    resumed = callbacks(tmp_path / "halves")
+    fit(model, *resumed, epochs=6, initial_epoch=3)
+    assert resumed[0].best == whole[0].best
+    assert names(tmp_path / "halves") == names(tmp_path / "whole")
+    expected, received = (
+        keras.models.load_model(tmp_path / folder / "best.keras") for folder in ("whole", "halves")
     )
-    model = fit_interrupted(make_wrapped, "middle", tmp_path / "wrapped", batches, save_freq=2)
-    assert_identical(bare.get_weights(), model.raw_model.get_weights())
-    # Keras goes on from the weights in the middle of the epoch, and repeats the epoch.
-    assert model.average_step == int(bare.optimizer.iterations) == 18
+    assert_identical(received.get_weights(), expected.get_weights())
+
+
+def test_another_training_starts_from_no_score(fit, tmp_path):
+    path = tmp_path / "best.keras"
+    first, second = (AverageCheckpoint(path, save_best_only=True) for _ in range(2))
+    fit(make_model(), first, epochs=3)
+    scores = fit(make_model(), second, epochs=1)["val_loss"]
+    assert second.best == scores[0] > first.best
+    fit(make_model(), first, epochs=1)
+    assert first.best == second.best
 
 
 # Refused
 
 
-def test_a_callback_that_swaps_averages_is_refused_before_anything_changes(batches):
-    model = PolyakModel(make_compiled())
-    swap = callbacks.SwapEMAWeights(swap_on_epoch=True)
-    message = "Received: SwapEMAWeights.*Remove the callback: a PolyakModel evaluates .* already"
-    for call in (
-        lambda: model.fit(*batches, verbose=0, callbacks=[swap]),
-        lambda: model.fit(*batches, verbose=0, callbacks=[[callbacks.History(), swap]]),
-        lambda: model.fit(*batches, 16, 1, 0, swap),
-        lambda: model.evaluate(*batches, verbose=0, callbacks=[swap]),
-        lambda: model.predict(batches[0], verbose=0, callbacks=[swap]),
-        lambda: model.fit(*batches, verbose=0, callbacks=callbacks.CallbackList([swap])),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"contents": "ensemble"}, "`contents` must be one of 'average', 'raw', 'both'"),
+        ({"filepath": "best.h5"}, "`filepath` must end with '.keras'.*filepath='best.h5'"),
+        ({"mode": "least"}, "`mode` must be one of"),
+        ({"save_freq": 0}, "`save_freq` counts batches.*at least 1. Received: save_freq=0"),
+        ({"save_freq": "batch"}, "`save_freq` counts batches, if not 'epoch'"),
+        ({"save_freq": 5, "save_best_only": True}, "needs the score of a whole epoch"),
+        ({"keep_last": 2}, "`keep_last` needs a filepath that differs from file to file"),
+        ({"keep_last": 0, "filepath": "{epoch}.keras"}, "`keep_last` counts files.*at least 1"),
+    ],
+)
+def test_an_argument_out_of_its_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AverageCheckpoint(**{"filepath": "best.keras", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ({"contents": "raw"}, {}, "'val_loss', a score of the average model. Monitor 'val_raw_los"),
+        ({"monitor": "loss"}, {}, "'loss', a score of the raw model. Monitor 'val_loss'"),
+        ({}, {"inference": "raw"}, "a score of the raw model. Monitor 'val_average_loss'"),
+        ({}, {"inference": "ensemble"}, "a score of the ensemble model.*save contents='both'"),
+        (
+            {"monitor": "val_raw_loss"},
+            {"report": ("average", "raw")},
+            "contents='average' and monitor='val_raw_loss', a score of the raw model",
+        ),
+    ],
+)
+def test_the_weights_of_one_with_the_score_of_another_are_refused_before_a_step(
+    fit, tmp_path, arguments, options, message
+):
+    model = make_model(**options)
+    callback = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True, **arguments)
+    with pytest.raises(ValueError, match=message):
+        fit(model, callback)
     assert model.average_step == 0
 
 
-def test_the_arguments_of_fit_may_be_given_by_position(batches):
-    model = PolyakModel(make_compiled())
-    history = model.fit(*batches, 16, 2, 0, [callbacks.TerminateOnNaN()], 0.25, None, False).history
-    assert len(history["val_loss"]) == 2
-    assert model.average_step == 6
+def test_a_model_without_an_average_is_refused(fit, tmp_path):
+    with pytest.raises(TypeError, match="the fit of a Sequential. Wrap the model"):
+        fit(make_compiled("sgd"), AverageCheckpoint(tmp_path / "best.keras"))
+
+
+def test_a_score_of_unknown_direction_is_refused_after_one_batch(fit, tmp_path):
+    model = make_model()
+    callback = AverageCheckpoint(tmp_path / "a.keras", monitor="val_x", save_best_only=True)
+    with pytest.raises(ValueError, match="`mode` must be 'min' or 'max' for monitor='val_x'"):
+        fit(model, callback)
+    assert model.average_step == 1
+
+
+def test_a_score_that_is_not_in_the_logs_is_refused_with_those_that_are(fit, tmp_path):
+    callback = AverageCheckpoint(tmp_path / "a.keras", monitor="val_x", mode="min")
+    callback.save_best_only = True
+    with pytest.raises(ValueError, match=r"monitor='val_x'. The logs have \['accuracy', 'loss'"):
+        fit(make_model(), callback)
+
+
+def test_nothing_saved_for_want_of_validation_is_told(fit, tmp_path):
+    best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    with pytest.warns(UserWarning, match="Nothing was saved after epoch 1: .* validation_data"):
+        fit(make_model(), best, epochs=1, validate=False)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_score_that_another_callback_adds_can_be_monitored(fit, tmp_path):
+    added = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.update(val_rank=[3, 1, 2][epoch])
+    )
+    best = AverageCheckpoint(
+        tmp_path / "{epoch}-{val_rank}.weights.h5",
+        monitor="val_rank",
+        mode="min",
+        save_best_only=True,
+    )
+    fit(make_model(), added, best, epochs=3)
+    assert best.best == 1
+    assert names(tmp_path) == ["1-3.weights.h5", "2-1.weights.h5"]

@@ -1,0 +1,300 @@
+"""Every callback that Keras ships works as it does on the bare model, or is refused."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import callbacks, layers
+from models import (
+    Recorder,
+    assert_identical,
+    assert_trains_as_bare,
+    compile_classifier,
+    make_classifier,
+    make_compiled,
+)
+
+from polyak_model import PolyakModel, PowerAverage
+
+# Each makes a callback that may write into a folder.
+KINDS = {
+    "BackupAndRestore": lambda folder: callbacks.BackupAndRestore(folder / "backup"),
+    "CSVLogger": lambda folder: callbacks.CSVLogger(folder / "log.csv"),
+    "EarlyStopping": lambda folder: callbacks.EarlyStopping("val_loss", min_delta=9, patience=2),
+    "History": lambda folder: callbacks.History(),
+    "LambdaCallback": lambda folder: callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: (folder / f"{epoch}.txt").write_text(str(logs))
+    ),
+    "LearningRateScheduler": lambda folder: callbacks.LearningRateScheduler(
+        lambda epoch, rate: rate / (1 + epoch)
+    ),
+    "ModelCheckpoint": lambda folder: callbacks.ModelCheckpoint(
+        folder / "{epoch}.weights.h5", save_weights_only=True
+    ),
+    "ProgbarLogger": lambda folder: callbacks.ProgbarLogger(),
+    "ReduceLROnPlateau": lambda folder: callbacks.ReduceLROnPlateau(patience=0, min_delta=9.0),
+    "TensorBoard": lambda folder: callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1),
+    "TerminateOnNaN": lambda folder: callbacks.TerminateOnNaN(),
+}
+# TensorBoard's events and the wrapper's own files are not those of the bare model.
+COMPARED = ("*.csv", "*.txt")
+
+
+def folders(path):
+    """Yields a folder for the bare and one for the wrapped run."""
+    for name in ("bare", "wrapped"):
+        (path / name).mkdir()
+        yield path / name
+
+
+def needs_package(name):
+    if name == "TensorBoard":
+        pytest.importorskip("tensorboard", reason="TensorFlow no longer installs tensorboard")
+
+
+def assert_called_as_bare(names, batches, path):
+    """Compares a bare with a wrapped fit under fresh callbacks, and the files that they wrote."""
+    written = []
+    destinations = folders(path)
+
+    def fit(model, recorder):
+        folder = next(destinations)
+        model.fit(
+            *batches,
+            batch_size=16,
+            epochs=5,
+            verbose=0,
+            validation_data=batches,
+            callbacks=[recorder, *(KINDS[name](folder) for name in names)],
+        )
+        files = sorted(file for pattern in COMPARED for file in folder.glob(pattern))
+        written.append({file.name: file.read_text() for file in files})
+        assert any(folder.iterdir()) or not WRITERS & set(names)
+
+    model = assert_trains_as_bare(fit)
+    assert written[0] == written[1]
+    return model
+
+
+WRITERS = {"CSVLogger", "LambdaCallback", "ModelCheckpoint", "TensorBoard"}
+
+
+def test_every_callback_of_this_keras_is_known():
+    shipped = {
+        name
+        for name, kind in vars(callbacks).items()
+        if isinstance(kind, type) and issubclass(kind, callbacks.Callback)
+    }
+    # The first two are no callbacks to pass; the next needs a network, and the next a package that
+    # brings JAX along; the last is refused.
+    others = {"Callback", "CallbackList", "RemoteMonitor", "OrbaxCheckpoint", "SwapEMAWeights"}
+    assert shipped - others == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_callback_alone_works_as_on_the_bare_model(name, batches, tmp_path):
+    needs_package(name)
+    assert_called_as_bare([name], batches, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, -1], ids=["in-order", "reversed"])
+def test_all_callbacks_together_work_as_on_the_bare_model(order, batches, tmp_path):
+    names = [name for name in KINDS if name != "TensorBoard"][::order]
+    assert assert_called_as_bare(names, batches, tmp_path).average_step == 12
+
+
+def test_training_ends_at_the_batch_that_is_no_number_as_it_does_bare(batches):
+    x = np.copy(batches[0])
+    x[40] = math.nan
+    seen = []
+    for wrap in (False, True):
+        inner = make_compiled("sgd")
+        recorder = Recorder(inner)
+        model = PolyakModel(inner, inference="raw") if wrap else inner
+        model.fit(
+            x,
+            batches[1],
+            batch_size=16,
+            epochs=3,
+            verbose=0,
+            shuffle=False,
+            callbacks=[callbacks.TerminateOnNaN(), recorder],
+        )
+        seen.append(recorder.weights)
+    assert len(seen[0]) < 12
+    for one, other in zip(*seen, strict=True):
+        assert_identical(one, other)
+
+
+# Stopping early
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["in-order", "reversed"])
+def test_early_stopping_among_others_restores_what_had_the_score(order, batches, tmp_path):
+    model = PolyakModel(compile_classifier(make_classifier(), keras.optimizers.SGD(0.5)), 0.5)
+    listed = [
+        callbacks.EarlyStopping(patience=2, restore_best_weights=True),
+        callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
+        callbacks.ReduceLROnPlateau(patience=1),
+        callbacks.CSVLogger(tmp_path / "log.csv"),
+    ]
+    scores = model.fit(
+        *batches,
+        batch_size=16,
+        epochs=30,
+        verbose=0,
+        validation_data=batches,
+        callbacks=listed[::order],
+    ).history["val_loss"]
+    assert len(scores) < 30
+    best = keras.models.load_model(tmp_path / "best.keras")
+    assert best.average_step == model.average_step == 4 * (1 + int(np.argmin(scores)))
+    assert_identical(best.get_weights(), model.get_weights())
+    assert_identical(best.average_model.get_weights(), model.average_model.get_weights())
+    score = model.evaluate(*batches, batch_size=16, verbose=0)[0]
+    assert score == pytest.approx(min(scores), rel=1e-6)
+
+
+# Stopping and going on
+
+
+def make_wrapped():
+    """Wraps a net without dropout, whose state Keras does not save."""
+    keras.utils.set_random_seed(1)
+    inner = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, activation="relu"),
+            layers.BatchNormalization(momentum=0.9),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    compile_classifier(inner)
+    rule = PowerAverage(2, start_step=3, update_every=2)
+    return PolyakModel(inner, rule, compensated=True)
+
+
+def fit_in_order(model, x, y, **arguments):
+    model.fit(x, y, batch_size=16, verbose=0, shuffle=False, **arguments)
+
+
+def assert_same_state(expected, received):
+    """Compares raw and average weights, residuals, step and optimizer bit for bit."""
+    assert expected.average_step == received.average_step > 0
+    assert_identical(expected.get_weights(), received.get_weights())
+    assert_identical(expected.average_model.get_weights(), received.average_model.get_weights())
+    variables = [[v.numpy() for v in model.optimizer.variables] for model in (expected, received)]
+    assert_identical(*variables)
+
+
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
+def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_as_if_never_stopped(
+    ending, batches, tmp_path
+):
+    x, y = batches
+    model = make_wrapped()
+    checkpoint = callbacks.ModelCheckpoint(
+        tmp_path / ("{epoch}-{batch}" + ending),
+        save_freq=3,
+        save_weights_only=ending == ".weights.h5",
+    )
+    fit_in_order(model, x, y, epochs=2, callbacks=[checkpoint])
+    assert {file.name for file in tmp_path.iterdir()} == {f"1-3{ending}", f"2-2{ending}"}
+    path = tmp_path / f"2-2{ending}"
+    if ending == ".keras":
+        loaded = keras.models.load_model(path)
+    else:
+        loaded = make_wrapped()
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(path)
+    assert loaded.average_step == 6
+    fit_in_order(loaded, x[32:], y[32:])
+    assert_same_state(model, loaded)
+
+
+class Interruption(callbacks.Callback):
+    """Fails in the third epoch, in its middle or at its end."""
+
+    def __init__(self, moment):
+        super().__init__()
+        self.moment = moment
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.moment, self.epoch, batch) == ("middle", 2, 1):
+            raise RuntimeError("interrupted")
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (self.moment, epoch) == ("end", 2):
+            raise RuntimeError("interrupted")
+
+
+def fit_interrupted(make, moment, folder, batches, epochs=4, order=1, **kwargs):
+    """Fits until the interruption and then to the end, with a fresh model from the backup."""
+    model = make()
+    listed = [callbacks.BackupAndRestore(folder, **kwargs), Interruption(moment)]
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit_in_order(model, *batches, epochs=epochs, callbacks=listed[::order])
+    model = make()
+    fit_in_order(
+        model, *batches, epochs=epochs, callbacks=[callbacks.BackupAndRestore(folder, **kwargs)]
+    )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("moment", "order"),
+    [("middle", 1), ("end", 1), ("end", -1)],
+    ids=["middle", "after-backup", "before-backup"],
+)
+def test_an_interrupted_fit_goes_on_from_its_backup_as_if_never_interrupted(
+    moment, order, batches, tmp_path
+):
+    expected = make_wrapped()
+    fit_in_order(expected, *batches, epochs=4)
+    received = fit_interrupted(make_wrapped, moment, tmp_path / "backup", batches, order=order)
+    assert received.average_step == 16
+    assert_same_state(expected, received)
+
+
+def test_a_backup_of_the_middle_of_an_epoch_goes_on_as_that_of_the_bare_model_does(
+    batches, tmp_path
+):
+    bare = fit_interrupted(
+        lambda: make_wrapped().raw_model, "middle", tmp_path / "bare", batches, save_freq=2
+    )
+    model = fit_interrupted(make_wrapped, "middle", tmp_path / "wrapped", batches, save_freq=2)
+    assert_identical(bare.get_weights(), model.raw_model.get_weights())
+    # Keras goes on from the weights in the middle of the epoch, and repeats the epoch.
+    assert model.average_step == int(bare.optimizer.iterations) == 18
+
+
+# Refused
+
+
+def test_a_callback_that_swaps_averages_is_refused_before_anything_changes(batches):
+    model = PolyakModel(make_compiled())
+    swap = callbacks.SwapEMAWeights(swap_on_epoch=True)
+    message = "Received: SwapEMAWeights.*Remove the callback: a PolyakModel evaluates .* already"
+    for call in (
+        lambda: model.fit(*batches, verbose=0, callbacks=[swap]),
+        lambda: model.fit(*batches, verbose=0, callbacks=[[callbacks.History(), swap]]),
+        lambda: model.fit(*batches, 16, 1, 0, swap),
+        lambda: model.evaluate(*batches, verbose=0, callbacks=[swap]),
+        lambda: model.predict(batches[0], verbose=0, callbacks=[swap]),
+        lambda: model.fit(*batches, verbose=0, callbacks=callbacks.CallbackList([swap])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert model.average_step == 0
+
+
+def test_the_arguments_of_fit_may_be_given_by_position(batches):
+    model = PolyakModel(make_compiled())
+    history = model.fit(*batches, 16, 2, 0, [callbacks.TerminateOnNaN()], 0.25, None, False).history
+    assert len(history["val_loss"]) == 2
+    assert model.average_step == 6

@@ -1,0 +1,213 @@
+"""What a PolyakModel saves, it loads; what cannot be loaded leaves it as it was."""
+
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from models import assert_identical, compile_classifier, make_classifier
+
+from polyak_model import PolyakModel, PowerAverage, descriptions
+from polyak_model.stored import size_in_file, state_variables
+
+FILES = pathlib.Path(__file__).with_name("files")
+
+
+def make_model():
+    """Wraps a net with BatchNormalization and dropout, and averages with compensation."""
+    inner = compile_classifier(make_classifier(), "adam")
+    return PolyakModel(inner, PowerAverage(2), compensated=True)
+
+
+def fit(model, batches, epochs=1):
+    model.fit(*batches, batch_size=32, epochs=epochs, shuffle=False, verbose=0)
+    return model
+
+
+def state(model):
+    """Everything that a file shall hold, the seeds of dropout included."""
+    metrics = {id(variable) for variable in model.metrics_variables}
+    variables = [v for v in state_variables(model) if id(v) not in metrics]
+    return [model.average_step, *(variable.numpy() for variable in variables)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a trained model in each kind of file, and in a newer format."""
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp("trained")
+    generator = np.random.default_rng(0)
+    batches = generator.normal(size=(64, 6)).astype("float32"), generator.integers(0, 3, size=64)
+    model = fit(make_model(), batches)
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    model.raw_model.save_weights(folder / "bare.weights.h5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(descriptions, "FORMAT", 2)
+        model.save(folder / "newer.keras")
+        model.save_weights(folder / "newer.weights.h5")
+    for path in (folder / "model.keras", folder / "model.weights.h5"):
+        whole = path.read_bytes()
+        path.with_name(f"truncated-{path.name}").write_bytes(whole[: len(whole) // 2])
+    return folder, state(model), state(fit(model, batches)), batches
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
+def test_a_model_with_dropout_goes_on_from_its_file_bit_for_bit(trained, name):
+    folder, saved, continued, batches = trained
+    if name == "model.keras":
+        model = keras.models.load_model(folder / name)
+    else:
+        model = make_model()
+        model.load_weights(folder / name)
+    assert_identical(state(model), saved)
+    assert_identical(state(fit(model, batches)), continued)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("nowhere.weights.h5", OSError, "nowhere.weights.h5"),
+        ("truncated-model.weights.h5", OSError, "Cannot use .*truncated-model.weights.h5': it is"),
+        ("truncated-model.keras", OSError, "truncated-model.keras': it is a damaged .keras file"),
+        ("bare.weights.h5", ValueError, "bare.weights.h5' holds no average: .* plain model"),
+        ("newer.weights.h5", ValueError, "Cannot load .*newer.weights.h5'.* format 2, .* Upgrade"),
+        ("newer.keras", ValueError, "Cannot load .*newer.keras'.* format 2, .* Upgrade"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_named_and_leaves_the_model_untouched(
+    trained, name, kind, message
+):
+    model = make_model()
+    before = state(model)
+    with pytest.raises(kind, match=message):
+        model.load_weights(trained[0] / name)
+    assert_identical(state(model), before)
+
+
+def test_a_model_of_a_newer_format_is_refused_by_load_model(trained):
+    with pytest.raises(ValueError, match="format 2, .* Upgrade with pip install --upgrade"):
+        keras.models.load_model(trained[0] / "newer.keras")
+
+
+@pytest.mark.parametrize("more", [0, 1], ids=["wider", "deeper"])
+def test_another_architecture_is_refused_and_leaves_the_model_untouched(trained, more):
+    hidden = make_classifier().layers[:-1] if more else [layers.Dense(7), layers.Dense(7)]
+    ends = [layers.Dense(3, name=f"end_{index}") for index in range(1 + more)]
+    model = PolyakModel(keras.Sequential([keras.Input((6,)), *hidden, *ends]))
+    before = state(model)
+    with pytest.raises(ValueError, match="model.weights.h5'. The file holds another architecture"):
+        model.load_weights(trained[0] / "model.weights.h5")
+    assert_identical(state(model), before)
+
+
+class Unloadable(layers.Dense):
+    def load_own_variables(self, store):
+        raise OSError("a read error")
+
+
+def test_a_failure_in_the_middle_of_loading_is_undone(trained):
+    hidden = make_classifier().layers[:-1]
+    last = Unloadable(3, name="last")
+    model = PolyakModel(keras.Sequential([keras.Input((6,)), *hidden, last]), compensated=True)
+    before = state(model)
+    with pytest.raises(ValueError, match="a read error|could not be loaded"):
+        model.load_weights(trained[0] / "model.weights.h5")
+    assert_identical(state(model), before)
+
+
+def test_weights_are_loaded_only_into_a_model_that_has_some(trained):
+    model = PolyakModel(keras.Sequential([layers.Dense(3)]))
+    with pytest.raises(ValueError, match="`load_weights.*not built. Call model.build"):
+        model.load_weights(trained[0] / "model.weights.h5")
+
+
+def test_weights_load_into_a_model_that_is_not_compiled(trained):
+    model = PolyakModel(make_classifier(), compensated=True)
+    model.load_weights(trained[0] / "model.weights.h5")
+    assert model.average_step == trained[1][0]
+
+
+def test_a_file_is_not_overwritten_when_the_user_declines(trained, tmp_path, monkeypatch):
+    model = PolyakModel(make_classifier())
+    for save, name in ((model.save, "a.keras"), (model.save_weights, "a.weights.h5")):
+        path = tmp_path / name
+        save(path, overwrite=False)
+        saved = path.read_bytes()
+        monkeypatch.setattr("builtins.input", lambda question: "n")
+        save(path, overwrite=False)
+        assert path.read_bytes() == saved
+
+
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_a_file_is_no_larger_than_the_room_that_is_made_sure_of(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    model = make_small()
+    model.fit(np.ones((8, 2)), np.ones((8, 3)), verbose=0)
+    for save, name in ((model.save, "a.keras"), (model.save_weights, "a.weights.h5")):
+        save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size <= size_in_file(model)
+
+
+SAVE_ON_A_FULL_DISK = """
+import resource, sys
+import keras
+from polyak_model import PolyakModel
+model = keras.models.load_model(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+for save, path in ((model.save, sys.argv[1]), (model.save_weights, sys.argv[2])):
+    try:
+        save(path)
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_leaves_the_file_before_and_is_told(trained):
+    paths = [trained[0] / "model.keras", trained[0] / "model.weights.h5"]
+    before = [path.read_bytes() for path in paths]
+    command = [sys.executable, "-c", SAVE_ON_A_FULL_DISK, *map(str, paths)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [path.read_bytes() for path in paths] == before
+    for path, line in zip(paths, told, strict=True):
+        assert f"Cannot write '{path}': File too large. What was there before is unchanged" in line
+    assert not list(trained[0].glob(".partial-*"))
+
+
+@pytest.mark.parametrize("number", range(1, descriptions.FORMAT + 1))
+def test_files_of_every_format_so_far_load(number):
+    """Each was written by `write_files` below when its format was new."""
+    expected = np.load(FILES / f"format-{number}.npz")
+    loaded = keras.models.load_model(FILES / f"format-{number}.keras")
+    assert loaded.shadow.rule.get_config() == PowerAverage(2).get_config()
+    fresh = make_small()
+    fresh.load_weights(FILES / f"format-{number}.weights.h5")
+    for model in (loaded, fresh):
+        assert model.average_step == expected["step"]
+        assert int(model.optimizer.iterations) == expected["step"]
+        for route in ("average", "raw"):
+            answer = model.predict(expected["x"], using=route, verbose=0)
+            np.testing.assert_allclose(answer, expected[route], rtol=1e-5)
+
+
+def make_small():
+    inner = keras.Sequential([keras.Input((2,)), layers.Dense(3), layers.BatchNormalization()])
+    inner.compile("adam", loss="mse")
+    return PolyakModel(inner, PowerAverage(2))
+
+
+def write_files():
+    """Writes the files of the present format; call it once, when the format is new."""
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+    model = make_small()
+    model.fit(x, x[:, :1] * np.ones(3), epochs=5, verbose=0)
+    path = FILES / f"format-{descriptions.FORMAT}"
+    answers = {route: model.predict(x, using=route, verbose=0) for route in ("average", "raw")}
+    np.savez(path.with_suffix(".npz"), x=x, step=model.average_step, **answers)
+    model.save(path.with_suffix(".keras"))
+    model.save_weights(path.with_suffix(".weights.h5"))

@@ -1,0 +1,106 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from polyak_model.whole_files import written_whole
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "model.txt"
+    path.write_text("old")
+    return path
+
+
+def test_what_is_written_replaces_the_file_and_leaves_nothing_beside_it(path):
+    with written_whole(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def fail(path, failure):
+    with written_whole(path) as partial:
+        partial.write_text("new")
+        raise failure
+
+
+@pytest.mark.parametrize("failure", [ValueError("own"), KeyboardInterrupt()])
+def test_when_writing_fails_the_old_file_stays_and_the_failure_is_told(path, failure):
+    with pytest.raises(type(failure)):
+        fail(path, failure)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failure_of_the_system_names_the_file_and_what_became_of_it(path):
+    with pytest.raises(
+        OSError, match="Cannot write '.*model.txt': No space left on device"
+    ) as told:
+        fail(path, OSError(28, "a page of HDF5"))
+    assert "What was there before is unchanged" in str(told.value)
+    assert told.value.errno == 28
+
+
+def test_nothing_is_begun_without_room_for_all_of_it(path):
+    with pytest.raises(OSError, match="Cannot write '.*model.txt'"), written_whole(path, 2**62):
+        raise AssertionError("was begun")
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_in_no_folder_is_refused(tmp_path):
+    with pytest.raises(OSError, match="nowhere/model.txt': No such file or directory"):
+        fail(tmp_path / "nowhere" / "model.txt", None)
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    with pytest.raises(IsADirectoryError, match="it is a folder"), written_whole(tmp_path):
+        pass
+
+
+def test_a_link_keeps_pointing_at_the_file_which_is_replaced(path):
+    link = path.with_name("best.txt")
+    link.symlink_to(path)
+    with written_whole(link) as partial:
+        partial.write_text("new")
+    assert link.is_symlink()
+    assert path.read_text() == "new"
+
+
+WRITE_UNTIL_KILLED = """
+import os, signal, sys
+from polyak_model.whole_files import written_whole
+with written_whole(sys.argv[1]) as partial:
+    partial.write_text("new")
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def write(path, ending):
+    command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(path), ending]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal and no such locks")
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(path):
+    with write(path, "killed") as process:
+        assert process.wait() == -signal.SIGKILL
+    assert path.read_text() == "old"
+    (abandoned,) = path.parent.glob(".partial-*")
+    with write(path, "alive") as process:
+        assert process.stdout.readline() == b"writing\n"
+        assert not abandoned.exists()
+        with written_whole(path) as partial:
+            partial.write_text("ours")
+        assert path.read_text() == "ours"
+        assert len(list(path.parent.glob(".partial-*"))) == 1
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
