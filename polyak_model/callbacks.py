@@ -116,8 +116,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         # By now every callback has restored what it restores.
         self._epoch, self._last_batch = epoch + 1, -1
-        if self._run != self.model.shadow.run:
-            self._run, self.best = self.model.shadow.run, None
+        self._recall()
 
     def on_train_batch_end(self, batch, logs=None):
         if self.save_best_only and self.mode == "auto":
@@ -152,6 +151,17 @@ class AverageCheckpoint(keras.callbacks.Callback):
         epoch, self._epoch = self._epoch, None
         if self.save_freq == "epoch" and (not self.save_best_only or self._improves(epoch, logs)):
             self._save({"epoch": epoch}, logs)
+
+    def on_train_end(self, logs=None):
+        self._recall()  # There may have been no epoch left to run.
+
+    def _recall(self):
+        if self._run != self.model.shadow.run:
+            self._run, self.best = self.model.shadow.run, None
+        # The files know more than this object after the process was killed, and the newest is best.
+        files = self._files().values() if self.save_best_only else ()
+        if newest := max(files, key=lambda record: record["step"], default=None):
+            self.best = newest["score"]
 
     def _scored(self):
         # The route whose score is monitored.
@@ -191,23 +201,15 @@ class AverageCheckpoint(keras.callbacks.Callback):
                 stacklevel=2,
             )
             return False
-        best = self._best_on_disk()
-        improves = self._is_better(score, best)
-        self.best = float(score) if improves else best
+        improves = self._is_better(score)
+        if improves:
+            self.best = float(score)
         return improves
 
-    def _is_better(self, score, other):
-        if other is None or math.isnan(other):
+    def _is_better(self, score):
+        if self.best is None or math.isnan(score):
             return not math.isnan(score)
-        return score < other if self.mode == "min" else score > other
-
-    def _best_on_disk(self):
-        # The files know more than this object when the process was killed in between.
-        best = self.best
-        for record in self._files().values():
-            if record.get("monitor") == self.monitor and self._is_better(record["score"], best):
-                best = record["score"]
-        return best
+        return score < self.best if self.mode == "min" else score > self.best
 
     def _files(self):
         # The files that this callback wrote in this training, with their records.
@@ -217,7 +219,8 @@ class AverageCheckpoint(keras.callbacks.Callback):
     @property
     def _own(self):
         name = os.path.basename(self.filepath)
-        return {"run": self._run, "callback": f"{name} {self.contents}"}.items()
+        what = f"{name} {self.contents} {self.monitor if self.save_best_only else 'every'}"
+        return {"run": self._run, "callback": what}.items()
 
     def _save(self, moment, logs):
         path = pathlib.Path(self.filepath.format(**{**logs, **moment}))

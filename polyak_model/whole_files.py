@@ -2,16 +2,19 @@
 
 import contextlib
 import errno
-import glob
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks, and opens no folders.
     fcntl = None
+
+_PREFIX = ".partial-"
+_YOUNG = 60.0  # Seconds.
 
 
 @contextlib.contextmanager
@@ -20,7 +23,7 @@ def written_whole(path, size=0):
 
     Whatever fails, the process being killed included, at `path` lies what lay
     there before or the whole new file. A process killed while it writes leaves a
-    folder `.partial-...` beside it, which the next one to write this file removes.
+    folder `.partial-...` beside it, which a later one to write there removes.
 
     Args:
         path: Where the file shall be; its folder exists.
@@ -47,8 +50,8 @@ def written_whole(path, size=0):
     if place.is_dir():
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a folder. Choose another name.")
     try:
-        _remove_abandoned(place)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(place), dir=place.parent))
+        _remove_abandoned(place.parent)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place.parent))
         with _locked(folder):
             try:
                 _check_room(folder, size)
@@ -79,15 +82,12 @@ def _check_room(folder, size):
     os.remove(folder / "room")
 
 
-def _prefix(place):
-    return f".partial-{place.name[:100]}-"
-
-
-def _remove_abandoned(place):
-    for folder in place.parent.glob(f"{glob.escape(_prefix(place))}*"):
-        with _locked(folder) as is_mine:
-            if is_mine:
-                shutil.rmtree(folder, ignore_errors=True)
+def _remove_abandoned(folder):
+    for partial in folder.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(partial) as is_mine:
+            # A younger one may be about to be locked.
+            if is_mine and time.time() - partial.stat().st_mtime > _YOUNG:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

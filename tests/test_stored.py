@@ -13,7 +13,7 @@ from models import assert_identical, compile_classifier, make_classifier
 from polyak_model import PolyakModel, PowerAverage, descriptions
 from polyak_model.stored import size_in_file, state_variables
 
-FILES = pathlib.Path(__file__).with_name("files")
+FORMATS = pathlib.Path(__file__).with_name("formats")
 
 
 def make_model():
@@ -181,11 +181,11 @@ def test_a_disk_that_fills_up_leaves_the_file_before_and_is_told(trained):
 @pytest.mark.parametrize("number", range(1, descriptions.FORMAT + 1))
 def test_files_of_every_format_so_far_load(number):
     """Each was written by `write_files` below when its format was new."""
-    expected = np.load(FILES / f"format-{number}.npz")
-    loaded = keras.models.load_model(FILES / f"format-{number}.keras")
+    expected = np.load(FORMATS / f"format-{number}.npz")
+    loaded = keras.models.load_model(FORMATS / f"format-{number}.keras")
     assert loaded.shadow.rule.get_config() == PowerAverage(2).get_config()
     fresh = make_small()
-    fresh.load_weights(FILES / f"format-{number}.weights.h5")
+    fresh.load_weights(FORMATS / f"format-{number}.weights.h5")
     for model in (loaded, fresh):
         assert model.average_step == expected["step"]
         assert int(model.optimizer.iterations) == expected["step"]
@@ -206,7 +206,7 @@ def write_files():
     x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
     model = make_small()
     model.fit(x, x[:, :1] * np.ones(3), epochs=5, verbose=0)
-    path = FILES / f"format-{descriptions.FORMAT}"
+    path = FORMATS / f"format-{descriptions.FORMAT}"
     answers = {route: model.predict(x, using=route, verbose=0) for route in ("average", "raw")}
     np.savez(path.with_suffix(".npz"), x=x, step=model.average_step, **answers)
     model.save(path.with_suffix(".keras"))

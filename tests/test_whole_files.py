@@ -84,6 +84,11 @@ with written_whole(sys.argv[1]) as partial:
 """
 
 
+def write_beside(path):
+    with written_whole(path.with_name("beside.txt")) as partial:
+        partial.write_text("beside")
+
+
 def write(path, ending):
     command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(path), ending]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -95,12 +100,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_w
         assert process.wait() == -signal.SIGKILL
     assert path.read_text() == "old"
     (abandoned,) = path.parent.glob(".partial-*")
+    write_beside(path)
+    assert abandoned.exists()
+    os.utime(abandoned, (0, 0))
     with write(path, "alive") as process:
         assert process.stdout.readline() == b"writing\n"
         assert not abandoned.exists()
-        with written_whole(path) as partial:
-            partial.write_text("ours")
-        assert path.read_text() == "ours"
-        assert len(list(path.parent.glob(".partial-*"))) == 1
+        (alive,) = path.parent.glob(".partial-*")
+        os.utime(alive, (0, 0))
+        write_beside(path)
+        assert alive.exists()
     assert path.read_text() == "new"
-    assert list(path.parent.iterdir()) == [path]
+    assert not list(path.parent.glob(".partial-*"))
