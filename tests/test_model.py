@@ -337,7 +337,7 @@ def test_every_constructor_argument_goes_through_the_config():
     }
     model = PolyakModel(make_small(), **arguments)
     config = model.get_config()
-    assert set(config) == {"model", *arguments}
+    assert set(config) == {"format", "model", *arguments}
     loaded = PolyakModel.from_config(config)
     assert loaded.get_config() == config
     assert loaded.shadow.rule == arguments["average"]
