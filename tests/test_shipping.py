@@ -106,10 +106,10 @@ def shipped(tmp_path_factory):
     ship("lazy-ensemble", lazy, x, "ensemble")
 
     larger, part = make_larger((x, y))
-    larger.export(folder / "larger", verbose=False)
     archive = keras.export.ExportArchive()
     archive.add_endpoint("serve", larger.__call__, [keras.InputSpec("float32", (None, 6))])
     archive.write_out(folder / "lean", verbose=False)
+    larger.export(folder / "larger", verbose=False)
     served |= {"larger": x, "lean": x}
     expected |= dict.fromkeys(["larger", "lean"], larger.predict(x, verbose=0))
 
