@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops, tree
 
+from polyak_model.probing import forward
+
 
 def join(combine, answers):
     """Joins the answers of several models into one.
@@ -86,19 +88,30 @@ class Ensemble(keras.Model):
     """The raw and the average model answering together; it holds the metrics of their answer.
 
     Args:
-        members: The models whose answers are joined.
+        members: The raw and the average model.
         combine: How, see `join`.
     """
 
     def __init__(self, members, combine):
-        super().__init__(name="ensemble")
-        self.members = members
+        # Inputs reach the members as they are.
+        super().__init__(name="ensemble", autocast=False)
+        # Not as a list: in one the oldest Keras finds no lookup tables to export.
+        self.raw, self.average = members
         self.combine = combine
+        self.built = True  # Its weights are those of the members.
         if hasattr(members[0], "output_names"):
             self.output_names = members[0].output_names
+
+    @property
+    def members(self):
+        """The models whose answers are joined."""
+        return [self.raw, self.average]
 
     @property
     def losses(self):
         """The mean of the members' penalties, so that losses of routes compare."""
         penalties = [ops.sum(loss) for member in self.members for loss in member.losses]
         return [sum(penalties) / len(self.members)] if penalties else []
+
+    def call(self, inputs):
+        return join(self.combine, [forward(member, inputs) for member in self.members])

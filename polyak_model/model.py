@@ -308,13 +308,6 @@ class PolyakModel(RoutedModel):
             with backend.strategy_scope(self):
                 self.optimizer.build(self.raw_model.trainable_variables)
 
-    def _check_built(self, method):
-        if not self.shadow.started:
-            raise ValueError(
-                f"`{method}()` needs weights. Received: a model that is not built. Call "
-                "model.build(input_shape), or the model on a batch, first."
-            )
-
     @property
     def trainable(self):
         """Whether the raw model is trained; the average never is."""

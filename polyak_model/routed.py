@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import tree
 
-from polyak_model import routing
+from polyak_model import routing, shipping
 from polyak_model.stored import StoredModel
 
 
@@ -235,6 +235,65 @@ class RoutedModel(StoredModel):
         """Predicts one batch; see `predict` for `using`."""
         with self._through(self._answering(using)):
             return super().predict_on_batch(x)
+
+    def export(
+        self,
+        filepath,
+        format="tf_saved_model",
+        verbose=True,
+        input_signature=None,
+        using=None,
+        **kwargs,
+    ):
+        """Exports what a route answers outside training, to be served without this package.
+
+        The artifact holds the weights of that route and nothing of training.
+        If exporting fails, what lay at `filepath` stays.
+
+        Args:
+            filepath: Where the SavedModel (a folder) or file shall be.
+            format: As in `keras.Model.export`, like all arguments but `using`.
+            using: The route. Defaults to None: `inference`.
+            **kwargs: Passed on to the exporter of the format.
+
+        Raises:
+            ValueError: If `using` is no route, the model is not built, or nothing
+                is known of its inputs and no `input_signature` is passed.
+            OSError: If the artifact cannot be written, or `filepath` is a folder
+                that holds something else.
+
+        Example:
+
+        >>> import numpy as np, pathlib, tempfile
+        >>> import tensorflow as tf
+        >>> from polyak_model import PolyakModel
+        >>> model = PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
+        >>> folder = pathlib.Path(tempfile.mkdtemp(), "served")
+        >>> model.export(folder, using="ensemble", verbose=False)
+        >>> served = tf.saved_model.load(folder)
+        >>> served.serve(np.ones((8, 3), "float32")).shape
+        TensorShape([8, 2])
+        """
+        (route,) = self._answering(using)
+        self._check_built("export")
+        if input_signature is None:
+            input_signature = shipping.signature(self._router.raw)
+        self._router.shadow.follow()
+        shipping.export(
+            self._router.model(route),
+            filepath,
+            format,
+            verbose=verbose,
+            input_signature=input_signature,
+            **kwargs,
+        )
+
+    def _check_built(self, method):
+        if not self._router.shadow.started:
+            raise ValueError(
+                f"`{method}()` needs weights. Received: a model that is not built. Call "
+                "model.build(input_shape), or the model on a batch, first."
+            )
 
 
 def _check_callbacks(callbacks):

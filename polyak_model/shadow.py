@@ -169,6 +169,10 @@ class Shadow(keras.layers.Layer):
         """
         if not self.started or not backend.keeps_updates():
             return
+        if backend.traces_for_export():
+            # What is served elsewhere holds the average as it is now, and assigns nothing.
+            backend.apart(self.follow)
+            return
         if backend.replicas() == 1:
             with backend.lift():
                 if not self.follows() and self.steps() <= self.rule.start_step:

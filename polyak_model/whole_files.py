@@ -1,4 +1,4 @@
-"""A file is written whole or not at all."""
+"""A file or folder is written whole or not at all."""
 
 import contextlib
 import errno
@@ -14,6 +14,7 @@ except ImportError:  # Windows has no such locks, and opens no folders.
     fcntl = None
 
 _PREFIX = ".partial-"
+_FORMER = "former-"
 _YOUNG = 60.0  # Seconds.
 
 
@@ -45,19 +46,91 @@ def written_whole(path, size=0):
     >>> [path.name for path in folder.iterdir()]
     ['average.txt']
     """
-    # The target of a link is replaced, not the link.
-    place = pathlib.Path(os.path.realpath(path))
+    place = _place(path)
     if place.is_dir():
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a folder. Choose another name.")
+    with _beside(place, path) as folder:
+        _check_room(folder, size)
+        yield folder / place.name
+        _flush(folder / place.name)
+        os.replace(folder / place.name, place)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path, parts):
+    """Lets a folder be written beside its place, and puts it there once it is whole.
+
+    A folder that lies there is replaced by it. Whatever fails, it stays as it
+    was; a process killed at the very moment of the exchange leaves it in the
+    folder `.partial-...` beside its place, which nobody removes then.
+
+    Args:
+        path: Where the folder shall be.
+        parts: Names of what such a folder holds. One that holds anything else
+            is not replaced.
+
+    Yields:
+        A `pathlib.Path` of the same name to write to; it does not exist yet.
+
+    Raises:
+        OSError: If the folder cannot be written or replaced; its message names
+            `path`.
+
+    Example:
+
+    >>> place = pathlib.Path(tempfile.mkdtemp(), "served")
+    >>> with folder_written_whole(place, ["graph.pb"]) as partial:
+    ...     partial.mkdir()
+    ...     _ = (partial / "graph.pb").write_text("+")
+    >>> [path.name for path in place.iterdir()]
+    ['graph.pb']
+    """
+    place = _place(path)
+    _check_replaceable(place, path, parts)
+    with _beside(place, path) as folder:
+        yield folder / place.name
+        for part in (folder / place.name).rglob("*"):
+            _flush(part)
+        former = folder / f"{_FORMER}{place.name}"
+        if place.exists():
+            os.rename(place, former)
+        try:
+            os.rename(folder / place.name, place)
+        except OSError:
+            if former.exists():
+                os.rename(former, place)
+            raise
+
+
+def _check_replaceable(place, path, parts):
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(
+            f"Cannot write {str(path)!r}: it is a file, and a folder is to be written. Choose "
+            "another name."
+        )
+    others = sorted(set(os.listdir(place)) - set(parts)) if place.exists() else []
+    if others:
+        raise FileExistsError(
+            f"Cannot write {str(path)!r}: it would replace a folder that holds something else, "
+            f"{others[0]!r} for instance. Expected there: nothing, or a folder of {sorted(parts)} "
+            "alone. Choose a folder of its own."
+        )
+
+
+def _place(path):
+    # The target of a link is replaced, not the link.
+    return pathlib.Path(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def _beside(place, path):
+    """Lends an empty folder beside a place."""
     try:
         _remove_abandoned(place.parent)
         folder = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place.parent))
         with _locked(folder):
             try:
-                _check_room(folder, size)
-                yield folder / place.name
-                _flush(folder / place.name)
-                os.replace(folder / place.name, place)
+                yield folder
                 _flush(place.parent)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +159,8 @@ def _remove_abandoned(folder):
     for partial in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), _locked(partial) as is_mine:
             # A younger one may be about to be locked.
-            if is_mine and time.time() - partial.stat().st_mtime > _YOUNG:
+            is_old = time.time() - partial.stat().st_mtime > _YOUNG
+            if is_mine and is_old and not any(partial.glob(f"{_FORMER}*")):
                 shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -23,6 +23,7 @@ from polyak_model.backend.replicas import (
     waits_for_replicas,
 )
 from polyak_model.backend.tensorflow import (
+    apart,
     assign,
     fingerprint,
     keeps_updates,
@@ -36,10 +37,12 @@ from polyak_model.backend.tensorflow import (
     runs_eagerly,
     score,
     symbolic,
+    traces_for_export,
     when,
 )
 
 __all__ = [
+    "apart",
     "assign",
     "device",
     "fingerprint",
@@ -63,6 +66,7 @@ __all__ = [
     "strategy_scope",
     "symbolic",
     "synchronize",
+    "traces_for_export",
     "waits_for_replicas",
     "when",
 ]

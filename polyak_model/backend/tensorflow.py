@@ -1,5 +1,8 @@
 """TensorFlow: in-place updates, and what a training step needs to know."""
 
+import concurrent.futures
+import sys
+
 import keras
 import tensorflow as tf
 from keras import tree
@@ -169,6 +172,22 @@ def runs_eagerly():
     return tf.executing_eagerly()
 
 
+def traces_for_export():
+    """Tells whether operations are traced into a graph that is written and served elsewhere."""
+    if tf.executing_eagerly():
+        return False
+    # Neither Keras nor TensorFlow says so; but who traces stands on the stack.
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.")
+
+
 def keeps_updates():
     """Tells whether an assignment will stand: not while Keras only asks for shapes."""
     return not in_stateless_scope()
@@ -177,6 +196,19 @@ def keeps_updates():
 def lift():
     """Returns a context that runs operations now, even inside a trace."""
     return tf.init_scope()
+
+
+def apart(function):
+    """Calls a function now, and lets a trace under way know of nothing that it does.
+
+    Even when lifted, whatever reads a variable leaves it among those that the
+    graph holds.
+
+    Args:
+        function: Callable without arguments; its result is dropped.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        thread.submit(function).result()
 
 
 def symbolic(inputs):
