@@ -25,12 +25,13 @@ def make_net():
 def serve(path, x):
     """Asks a SavedModel, and tells of its graph and of what its folder holds."""
     loaded = tf.saved_model.load(path)
+    answer = loaded.serve(tf.nest.map_structure(tf.constant, x))
     graph = loaded.signatures["serve"].graph.as_graph_def()
     functions = [node for function in graph.library.function for node in function.node_def]
     shapes = tf.train.load_checkpoint(path / "variables" / "variables").get_variable_to_shape_map()
     del shapes["_CHECKPOINTABLE_OBJECT_GRAPH"]
     return {
-        "answer": loaded.serve(tf.nest.map_structure(tf.constant, x)),
+        "answer": tf.nest.map_structure(np.asarray, answer),
         "assigns": [node.op for node in [*graph.node, *functions] if "Assign" in node.op],
         # Keras lists the weights of a model, and again those that the graph uses.
         "weights": sorted(shape for key, shape in shapes.items() if key.startswith("variables/")),
@@ -73,8 +74,6 @@ def main(folder):
         "lite": [run_lite(path, x) for path in sorted(folder.glob("*.tflite"))],
         "onnx": [run_onnx(path, x) for path in sorted(folder.glob("*.onnx"))],
     }
-    to_numpy = lambda leaf: leaf.numpy() if tf.is_tensor(leaf) else leaf  # noqa: E731
-    results = tf.nest.map_structure(to_numpy, results)
     (folder / "results.pickle").write_bytes(pickle.dumps(results))
 
 
@@ -84,3 +83,5 @@ if __name__ == "__main__":
         import polyak_model  # noqa: F401
     except ImportError:
         main(pathlib.Path(sys.argv[1]))
+    else:
+        sys.exit("polyak_model can be imported")

@@ -124,3 +124,44 @@ def test_symbolic_inputs_have_the_shapes_and_dtypes_of_the_batch():
     assert (symbolic["a"].shape, symbolic["a"].dtype) == ((2, 3), "float32")
     assert symbolic["b"][0].dtype == "string"
     assert symbolic["c"] is None
+
+
+class Asked(tf.Module):
+    """Reads a variable apart, and notes each time whether its graph is traced for an export."""
+
+    def __init__(self):
+        self.state = tf.Variable(3.0)
+        self.answers = []
+
+    @tf.function
+    def ask(self, x):
+        self.answers.append(backend.traces_for_export())
+        backend.apart(lambda: self.state.assign_add(1.0))
+        return x
+
+
+def test_a_graph_is_traced_for_export_while_it_is_written_and_at_no_other_time(tmp_path):
+    asked = Asked()
+    asked.ask(tf.zeros(2))
+    signature = asked.ask.get_concrete_function(tf.zeros(3))
+    assert asked.answers == [False, False]
+    tf.saved_model.save(asked, tmp_path / "traced", signatures=signature)
+    archive = keras.export.ExportArchive()
+    archive.add_endpoint("serve", asked.ask.python_function, [tf.TensorSpec((None,))])
+    archive.write_out(tmp_path / "tracing", verbose=False)
+    assert asked.answers[2:]
+    assert all(asked.answers[2:])
+    assert not backend.traces_for_export()
+
+
+def test_what_is_done_apart_is_done_once_and_leaves_nothing_in_the_graph():
+    asked = Asked()
+    function = asked.ask.get_concrete_function(tf.zeros(2))
+    function(tf.zeros(2))
+    assert float(asked.state) == 4.0
+    assert function.graph.variables == ()
+
+
+def test_what_fails_apart_fails_here():
+    with pytest.raises(ZeroDivisionError):
+        backend.apart(lambda: 1 / 0)
