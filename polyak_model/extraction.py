@@ -1,0 +1,145 @@
+"""A plain Keras model out of the file of a PolyakModel, without Keras and without running code."""
+
+import json
+import shutil
+import zipfile
+
+import h5py
+import numpy as np
+
+from polyak_model.archives import CONFIG, METADATA, WEIGHTS
+from polyak_model.hdf5_variables import refusal
+from polyak_model.inspection import blocks
+from polyak_model.whole_files import written_whole
+from polyak_model.wrapper_files import find_wrappers
+
+CONTENTS = ("average", "raw")
+_ASSETS = "assets"
+# As `average_model.save` does it: plain SGD has no state to lose, and Keras evaluates no model that
+# was saved without an optimizer.
+_FOR_EVALUATION = {
+    "optimizer": {
+        "module": "keras.optimizers",
+        "class_name": "SGD",
+        "config": {"name": "sgd", "learning_rate": 0.01},
+        "registered_name": None,
+    },
+}
+_SGD_STATE = {"optimizer/vars/0": np.int64(0), "optimizer/vars/1": np.float32(0.01)}
+
+
+def find_whole_wrapper(weights):
+    """Returns the `Wrapper` that a file is of.
+
+    Args:
+        weights: A `WeightFile`.
+
+    Raises:
+        InputError: If the file is of anything else.
+    """
+    wrappers = find_wrappers(weights)
+    if not wrappers:
+        raise refusal(
+            weights.path,
+            "it holds no average beside its model",
+            "Name a file that PolyakModel.save or save_weights wrote",
+        )
+    if wrappers[0].path:
+        raise refusal(
+            weights.path,
+            f"it is of a model of which a PolyakModel, at {wrappers[0].path!r}, is a part",
+            "Load it with Keras and save that part's `average_model` or `raw_model`",
+        )
+    return wrappers[0]
+
+
+def extract(weights, contents, output):
+    """Writes the average or the raw model as a file of its own.
+
+    Args:
+        weights: A `WeightFile` of a PolyakModel.
+        contents: `"average"` or `"raw"`. The average model of a `.keras` file is
+            compiled for evaluation, with the loss and metrics of the raw model
+            and plain SGD; the raw one keeps its optimizer and the state of that.
+        output: Path of a `.weights.h5` file; or of a `.keras` file, if `weights`
+            is one.
+
+    Raises:
+        InputError: If the file cannot be used; nothing is written then.
+        OSError: If the output cannot be written; what lay there is unchanged.
+    """
+    group = getattr(find_whole_wrapper(weights), contents)
+    variables = _inside(group, weights.variables)
+    attributes = _inside(group, weights.attributes)
+    if str(output).endswith(".weights.h5"):
+        with written_whole(output) as partial:
+            _write_hdf5(partial, variables, attributes)
+        return
+    config = _model_config(weights)
+    state = {}
+    if contents == "average" and "optimizer" in config.get("compile_config", {}):
+        config["compile_config"] |= _FOR_EVALUATION
+        if "optimizer/inner_optimizer" in attributes:
+            # Under mixed precision Keras would put a LossScaleOptimizer around it.
+            config["compile_config"]["auto_scale_loss"] = False
+        state = _SGD_STATE
+        variables, attributes = map(_without_optimizer, (variables, attributes))
+    with written_whole(output) as partial:
+        hdf5 = partial.with_name(WEIGHTS)
+        _write_hdf5(hdf5, variables, attributes, state)
+        with zipfile.ZipFile(partial, "w") as archive:
+            archive.writestr(METADATA, json.dumps(weights.metadata))
+            archive.writestr(CONFIG, json.dumps(config))
+            archive.write(hdf5, WEIGHTS)
+            _copy_assets(weights.archive, group, archive)
+
+
+def _inside(group, named):
+    prefix = f"{group}/"
+    return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+
+
+def _without_optimizer(named):
+    return {k: v for k, v in named.items() if k.partition("/")[0] != "optimizer"}
+
+
+def _model_config(weights):
+    settings = weights.config.get("config")
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("class_name"), str):
+        raise refusal(weights.path, f"its {CONFIG} describes no PolyakModel")
+    # The wrapper carries it for the raw model.
+    compilation = weights.config.get("compile_config")
+    if not isinstance(compilation, dict):
+        return dict(model)
+    return model | {"compile_config": dict(compilation)}
+
+
+def _write_hdf5(path, variables, attributes, arrays=()):
+    with h5py.File(path, "w") as file:
+        for name, own in attributes.items():
+            file.require_group(name).attrs.update(own)
+        for name, variable in variables.items():
+            _copy_variable(variable, file, name)
+        for name in arrays:
+            file[name] = arrays[name]
+
+
+def _copy_variable(variable, file, name):
+    is_bfloat16 = variable.dtype == "bfloat16"
+    # HDF5 does not know it: Keras writes two opaque bytes, so marked.
+    stored = np.dtype("V2" if is_bfloat16 else variable.dtype)
+    dataset = file.create_dataset(name, variable.shape, stored)
+    if is_bfloat16:
+        dataset.attrs["dtype"] = "bfloat16"
+    for part in blocks(variable.shape):
+        dataset[part] = variable.read(part).view(stored)
+
+
+def _copy_assets(source, group, target):
+    inside = f"{_ASSETS}/{group}/"
+    for name in source.namelist():
+        if name.startswith(inside) and not name.endswith("/"):
+            moved = f"{_ASSETS}/{name.removeprefix(inside)}"
+            with source.open(name) as original, target.open(moved, "w") as copy:
+                shutil.copyfileobj(original, copy)
