@@ -95,6 +95,9 @@ def list_variables(file, source, size):
     """
     variables, attributes = {}, {}
     try:
+        # The checks of `GuardedFile` take lengths of eight bytes for granted.
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            raise refusal(source, "its addresses have a width that Keras does not write")
         for name, item in _walk(file, source):
             if isinstance(item, h5py.Group):
                 attributes[name] = _read_attributes(item, name, source)

@@ -17,6 +17,7 @@ from polyak_model.archives import (
     parse_json,
     read_json,
 )
+from polyak_model.guarded_files import GuardedFile
 from polyak_model.hdf5_variables import DAMAGE, in_one_line, list_variables, refusal
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
@@ -107,8 +108,8 @@ def _check_is_file(path):
 
 @contextlib.contextmanager
 def _open_hdf5(path):
-    with _hdf5_file(path, path) as file:
-        yield WeightFile(path, ".weights.h5", *list_variables(file, path, os.path.getsize(path)))
+    with _listed_file(path) as (variables, attributes):
+        yield WeightFile(path, ".weights.h5", variables, attributes)
 
 
 @contextlib.contextmanager
@@ -116,9 +117,8 @@ def _open_keras(path):
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(path))
         config, metadata = (read_json(archive, name, path) for name in (CONFIG, METADATA))
-        member, size = stack.enter_context(open_member(archive, WEIGHTS, path))
-        file = stack.enter_context(_hdf5_file(member, path))
-        variables, attributes = list_variables(file, path, size)
+        member = stack.enter_context(open_member(archive, WEIGHTS, path))
+        variables, attributes = stack.enter_context(_listed(member, path))
         yield WeightFile(path, ".keras", variables, attributes, config, metadata, archive)
 
 
@@ -130,8 +130,7 @@ def _open_shards(path):
         for shard in sorted({shard for shard, _ in shards}):
             place = pathlib.Path(path).with_name(shard)
             _check_is_file(place)
-            file = stack.enter_context(_hdf5_file(place, place))
-            found, groups = list_variables(file, place, os.path.getsize(place))
+            found, groups = stack.enter_context(_listed_file(place))
             for name in found.keys() & variables.keys():
                 raise refusal(path, f"{name!r} is in two of its shards")
             variables |= found
@@ -170,10 +169,20 @@ def _read_weight_map(path):
 
 
 @contextlib.contextmanager
-def _hdf5_file(place, source):
+def _listed_file(path):
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise refusal(path, f"the system says: {error.strerror}") from error
+        yield stack.enter_context(_listed(GuardedFile(file), path))
+
+
+@contextlib.contextmanager
+def _listed(guarded, source):
     try:
-        file = h5py.File(place, "r")
+        file = h5py.File(guarded, "r")
     except DAMAGE as error:
         raise refusal(source, f"it is no HDF5 file or damaged ({in_one_line(error)})") from error
     with file:
-        yield file
+        yield list_variables(file, source, guarded.size)
