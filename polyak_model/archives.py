@@ -15,6 +15,7 @@ from polyak_model.hdf5_variables import in_one_line, refusal
 WEIGHTS = "model.weights.h5"
 CONFIG = "config.json"
 METADATA = "metadata.json"
+_ASSETS = "assets/"
 
 # What zipfile and zlib raise on damaged archives.
 _DAMAGE = (
@@ -108,6 +109,27 @@ def read_json(archive, name, path):
             raise refusal(path, f"its {name} is longer than {_LONGEST_JSON:,} bytes")
         text = archive.read(name)
     return parse_json(text, f"its {name}", path)
+
+
+def list_assets(archive):
+    """Returns the names of the members of a `.keras` file that its layers wrote."""
+    return [name for name in archive.namelist() if name.startswith(_ASSETS)]
+
+
+def copy_member(archive, name, target, path):
+    """Copies a member into another archive, block by block.
+
+    Args:
+        archive: A `zipfile.ZipFile` from `open_archive`.
+        name: Name of the member.
+        target: A `zipfile.ZipFile` open for writing.
+        path: The path of the archive, for errors.
+
+    Raises:
+        InputError: If the member is damaged.
+    """
+    with target.open(name, "w", force_zip64=True) as copy, _refusing(path):
+        _check_sum(archive, archive.getinfo(name), copy)
 
 
 def parse_json(text, what, path):

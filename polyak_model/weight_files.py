@@ -39,6 +39,8 @@ class WeightFile:
         config: What config.json says, a dict; None unless a `.keras` file.
         metadata: What metadata.json says, a dict; None unless a `.keras` file.
         archive: The open `zipfile.ZipFile`; None unless a `.keras` file.
+        places: The files that it is made of: `path`, and the shards that it
+            names.
     """
 
     path: os.PathLike | str
@@ -48,6 +50,10 @@ class WeightFile:
     config: dict | None = None
     metadata: dict | None = None
     archive: object = None
+    places: tuple = ()
+
+    def __post_init__(self):
+        self.places = (self.path, *self.places)
 
 
 @contextlib.contextmanager
@@ -140,7 +146,8 @@ def _open_shards(path):
             raise refusal(
                 path, f"it and its shard {shard!r} disagree about {group!r}", "Copy all shards anew"
             )
-        yield WeightFile(path, ".weights.json", variables, attributes)
+        places = [pathlib.Path(path).with_name(shard) for shard, _ in shards]
+        yield WeightFile(path, ".weights.json", variables, attributes, places=places)
 
 
 _OPENERS = dict(zip(ENDINGS, (_open_hdf5, _open_keras, _open_shards), strict=True))
