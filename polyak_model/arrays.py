@@ -56,5 +56,7 @@ def read_arrays(path, example):
             f"Write it with {example}, without object arrays",
         ) from error
     if arrays is None:
-        raise ArraysError("which holds a single array without a name", f"Name the arrays: {example}")
+        raise ArraysError(
+            "which holds a single array without a name", f"Name the arrays: {example}"
+        )
     return arrays

@@ -3,11 +3,11 @@
 import sys
 
 from polyak_model.arguments import InputError
-from polyak_model.commands import demo, inspect
+from polyak_model.commands import average, demo, extract, inspect, soup
 from polyak_model.commands.checks import require
 
 NAME = "polyak-model"
-COMMANDS = (demo, inspect)
+COMMANDS = (average, demo, extract, inspect, soup)
 
 
 def main(arguments=None):

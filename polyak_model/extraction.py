@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import types
 import zipfile
+import zlib
 
 import h5py
 import numpy as np
 
 from polyak_model.archives import CONFIG, METADATA, WEIGHTS
-from polyak_model.hdf5_variables import refusal
+from polyak_model.hdf5_variables import in_one_line, refusal
 from polyak_model.inspection import blocks
+from polyak_model.weight_writers import create_groups, create_variable
 from polyak_model.whole_files import written_whole
 from polyak_model.wrapper_files import find_wrappers
 
@@ -91,7 +94,7 @@ def extract(weights, contents, output):
             archive.writestr(METADATA, json.dumps(weights.metadata))
             archive.writestr(CONFIG, json.dumps(config))
             archive.write(hdf5, WEIGHTS)
-            _copy_assets(weights.archive, group, archive)
+            _copy_assets(weights, group, archive)
 
 
 def _inside(group, named):
@@ -117,29 +120,24 @@ def _model_config(weights):
 
 def _write_hdf5(path, variables, attributes, arrays=()):
     with h5py.File(path, "w") as file:
-        for name, own in attributes.items():
-            file.require_group(name).attrs.update(own)
+        create_groups(file, attributes)
         for name, variable in variables.items():
-            _copy_variable(variable, file, name)
+            moved = types.SimpleNamespace(name=name, shape=variable.shape, dtype=variable.dtype)
+            write = create_variable(file, moved)
+            for part in blocks(variable.shape):
+                write(part, variable.read(part))
         for name in arrays:
             file[name] = arrays[name]
 
 
-def _copy_variable(variable, file, name):
-    is_bfloat16 = variable.dtype == "bfloat16"
-    # HDF5 does not know it: Keras writes two opaque bytes, so marked.
-    stored = np.dtype("V2" if is_bfloat16 else variable.dtype)
-    dataset = file.create_dataset(name, variable.shape, stored)
-    if is_bfloat16:
-        dataset.attrs["dtype"] = "bfloat16"
-    for part in blocks(variable.shape):
-        dataset[part] = variable.read(part).view(stored)
-
-
-def _copy_assets(source, group, target):
+def _copy_assets(weights, group, target):
     inside = f"{_ASSETS}/{group}/"
-    for name in source.namelist():
+    for name in weights.archive.namelist():
         if name.startswith(inside) and not name.endswith("/"):
             moved = f"{_ASSETS}/{name.removeprefix(inside)}"
-            with source.open(name) as original, target.open(moved, "w") as copy:
-                shutil.copyfileobj(original, copy)
+            try:
+                with weights.archive.open(name) as original, target.open(moved, "w") as copy:
+                    shutil.copyfileobj(original, copy)
+            except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+                problem = f"its member {name!r} is damaged ({in_one_line(error)})"
+                raise refusal(weights.path, problem) from error

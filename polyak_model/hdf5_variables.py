@@ -24,7 +24,7 @@ DAMAGE = (
     ValueError,
 )
 
-_NUMBERS = {"bool", "float16", "float32", "float64", "complex64", "complex128"} | {
+_NUMBERS = {"bool", "float16", "float32", "float64"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
 _DEEPEST = 100
@@ -95,6 +95,9 @@ def list_variables(file, source, size):
     """
     variables, attributes = {}, {}
     try:
+        # The checks of `GuardedFile` take lengths of eight bytes for granted.
+        if file.id.get_create_plist().get_sizes() != (8, 8):
+            raise refusal(source, "its addresses have a width that Keras does not write")
         for name, item in _walk(file, source):
             if isinstance(item, h5py.Group):
                 attributes[name] = _read_attributes(item, name, source)
@@ -150,7 +153,7 @@ def _check_dataset(dataset, name, source, size):
         raise refusal(source, f"{name!r} takes its numbers from another file")
     dtype = _keras_dtype(dataset)
     if dtype is None or dataset.shape is None:
-        raise refusal(source, f"{name!r} holds no numbers but {dataset.dtype}")
+        raise refusal(source, f"{name!r} holds {dataset.dtype}, no weights")
     if dataset.id.get_type().get_size() != dataset.dtype.itemsize:
         raise refusal(source, f"{name!r} holds numbers of a format that Keras does not write")
     declared = math.prod(dataset.shape) * dataset.dtype.itemsize
@@ -202,7 +205,9 @@ def _read_attributes(group, name, source):
 def _attribute(item, key):
     """Reads an attribute, or returns None if it is long or something other than text or numbers."""
     identifier = item.attrs.get_id(key)
-    if identifier.get_storage_size() > _LONGEST_ATTRIBUTE:
+    # A damaged file may declare billions of texts in a few bytes.
+    length = max(identifier.get_storage_size(), 8 * math.prod(identifier.shape or ()))
+    if length > _LONGEST_ATTRIBUTE:
         return None
     dtype = identifier.dtype
     if dtype.kind not in "biufSU" and h5py.check_string_dtype(dtype) is None:

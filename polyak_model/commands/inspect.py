@@ -86,11 +86,7 @@ def _describe_wrapper(weights, wrapper):
         [each.layer, f"{each.distance:.4g}", f"{each.relative:.4g}"]
         for each in (*distances, inspection.measure_total(distances))
     ]
-    yield (
-        f"The average{at}:\n\n"
-        f"rule  {_format_rule(rule)}\n"
-        f"step  {read_step(weights, wrapper):,}"
-    )
+    yield (f"The average{at}:\n\nrule  {_format_rule(rule)}\nstep  {read_step(weights, wrapper):,}")
     yield "Its distance from the raw model:\n\n" + format_table(
         ["layer", "distance", "relative"], rows
     )

@@ -35,7 +35,9 @@ def register(app):
         ],
         candidates: typing.Annotated[
             list[pathlib.Path],
-            typer.Argument(metavar="CANDIDATES...", help=".weights.h5 or .keras files to choose from."),
+            typer.Argument(
+                metavar="CANDIDATES...", help=".weights.h5 or .keras files to choose from."
+            ),
         ],
         data: typing.Annotated[
             pathlib.Path,
@@ -54,7 +56,9 @@ def register(app):
         ],
         metric: typing.Annotated[
             str,
-            typer.Option(help="What is scored: loss, a metric of the model or one that Keras knows."),
+            typer.Option(
+                help="What is scored: loss, a metric of the model or one that Keras knows."
+            ),
         ] = "loss",
         mode: typing.Annotated[
             str | None,
