@@ -10,8 +10,9 @@ import h5py
 import numpy as np
 
 from polyak_model.archives import CONFIG, METADATA, WEIGHTS
+from polyak_model.checkpoints import cut
 from polyak_model.hdf5_variables import in_one_line, refusal
-from polyak_model.inspection import blocks
+from polyak_model.inspection import BLOCK
 from polyak_model.weight_writers import create_groups, create_variable
 from polyak_model.whole_files import written_whole
 from polyak_model.wrapper_files import find_wrappers
@@ -124,7 +125,7 @@ def _write_hdf5(path, variables, attributes, arrays=()):
         for name, variable in variables.items():
             moved = types.SimpleNamespace(name=name, shape=variable.shape, dtype=variable.dtype)
             write = create_variable(file, moved)
-            for part in blocks(variable.shape):
+            for part in cut(variable.shape, BLOCK):
                 write(part, variable.read(part))
         for name in arrays:
             file[name] = arrays[name]

@@ -5,9 +5,10 @@ import typing
 
 import numpy as np
 
+from polyak_model.checkpoints import cut
 from polyak_model.hdf5_variables import refusal
 
-_BLOCK = 2**20
+BLOCK = 2**20
 
 
 class Distance(typing.NamedTuple):
@@ -128,18 +129,8 @@ def measure_total(distances):
 
 def _sum_squares(raw, average):
     sums = np.zeros(2)
-    for part in blocks(raw.shape):
+    for part in cut(raw.shape, BLOCK):
         original = raw.read(part).astype("float64")
         difference = original - average.read(part).astype("float64")
         sums += np.sum(difference**2), np.sum(original**2)
     return sums
-
-
-def blocks(shape):
-    """Yields parts along the first axis of about `_BLOCK` numbers."""
-    if not shape:
-        yield ()
-        return
-    rows = max(1, _BLOCK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield (slice(start, start + rows),)

@@ -54,9 +54,9 @@ def check_config(config, path, is_function):
     >>> check_config({**layer, "module": "os"}, "model.keras", is_function=None)
     Traceback (most recent call last):
     ...
-    polyak_model.arguments.InputError: Cannot use 'model.keras': it needs 'Dense' of 'os', which is \
-no part of Keras, and no code of others is run. Use polyak_model.soups.greedy_soup in a program \
-that imports what the model needs.
+    polyak_model.arguments.InputError: Cannot use 'model.keras': it needs 'Dense' of 'os', which \
+is no part of Keras, and no code of others is run. Use polyak_model.soups.greedy_soup in a \
+program that imports what the model needs.
     """
     waiting = [config]
     while waiting:
@@ -89,8 +89,8 @@ def _is_known_class(module, name):
     # Keras takes a function for a class, too, if it finds one of the name.
     if not isinstance(module, str) or not isinstance(name, str) or not name[:1].isupper():
         return False
-    first, *rest = module.removeprefix("keras.src.").removeprefix("keras.").split(".")
-    return module == "keras" or (module.startswith("keras.") and first in _MODULES)
+    home = module.removeprefix("keras.src.").removeprefix("keras.").partition(".")[0]
+    return module == "keras" or (module.startswith("keras.") and home in _MODULES)
 
 
 def _is_known_function(module, name, is_function):

@@ -3,7 +3,6 @@
 import types
 
 import keras
-import numpy as np
 from keras import tree
 
 from polyak_model.arguments import InputError
@@ -62,6 +61,8 @@ class Scorer:
         # Metrics bring variables of their own, which are no weights.
         self._variables = list(model.variables)
         self._compilation = model.get_compile_config() if model.compiled else None
+        # Its state belongs to other weights than those that are scored.
+        model.optimizer = None
         known = self._score_one_example() if model.compiled else {}
         if metric not in known:
             self._compile_with(metric, known)
@@ -118,9 +119,8 @@ class Scorer:
         Raises:
             InputError: If Keras cannot load the weights.
         """
-        skipped = [self.model.optimizer] if self.model.optimizer else []
         try:
-            self.model.load_weights(path, objects_to_skip=skipped)
+            self.model.load_weights(path)
         except Exception as error:
             raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
         for variable in self._variables:
@@ -157,13 +157,12 @@ class Scorer:
     def save(self, path):
         """Saves the model with the weights that it holds, compiled as it was loaded.
 
-        The optimizer begins anew: its state belonged to other weights.
+        The optimizer begins anew.
 
         Args:
             path: A `.keras` or `.weights.h5` file.
         """
         self.model.compiled = False
-        self.model.optimizer = None
         if self._compilation is not None:
             self.model.compile_from_config(self._compilation)
         if str(path).endswith(".keras"):

@@ -106,8 +106,8 @@ def run_soup(model, candidates, data, output, metric, mode, batch_size):
     mode = mode or scorer.direction()
     if mode is None:
         raise InputError(
-            f"`--mode` must be given for the metric {metric!r}, of which Keras does not say whether "
-            "a larger or a smaller value is better. Add --mode max or --mode min."
+            f"`--mode` must be given for the metric {metric!r}: Keras does not say whether larger "
+            "or smaller values of it are better. Add --mode max or --mode min."
         )
     try:
         soup = greedy_soup(
@@ -123,8 +123,8 @@ def run_soup(model, candidates, data, output, metric, mode, batch_size):
     print(describe(soup, metric))
     if has_statistics:
         print(
-            "\nIt has BatchNormalization, whose statistics were averaged like weights: refresh them "
-            "by a pass over training data."
+            "\nBatchNormalization: the averaged statistics do not fit the averaged weights. "
+            "Refresh them by a pass over training data."
         )
     print(f"\nWritten: {output}")
 
