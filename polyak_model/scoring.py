@@ -58,8 +58,6 @@ class Scorer:
         self.metric = metric
         self._data = data
         self._batch_size = batch_size
-        # Metrics bring variables of their own, which are no weights.
-        self._variables = list(model.variables)
         self._compilation = model.get_compile_config() if model.compiled else None
         # Its state belongs to other weights than those that are scored.
         model.optimizer = None
@@ -123,7 +121,7 @@ class Scorer:
             self.model.load_weights(path)
         except Exception as error:
             raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
-        for variable in self._variables:
+        for variable in self.model.weights:
             array = variable.numpy()
             yield array.astype("float64") if keras.backend.is_float_dtype(variable.dtype) else array
 
@@ -133,7 +131,7 @@ class Scorer:
         Args:
             weights: List of arrays, as from `read`.
         """
-        for variable, array in zip(self._variables, weights, strict=True):
+        for variable, array in zip(self.model.weights, weights, strict=True):
             variable.assign(array)
         for layer in self.model._flatten_layers():
             if isinstance(layer, keras.layers.Normalization):
