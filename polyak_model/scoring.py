@@ -1,6 +1,8 @@
 """A model from a file, scored on held-out data with one set of weights after another."""
 
+import contextlib
 import types
+import warnings
 
 import keras
 from keras import tree
@@ -25,7 +27,9 @@ def load_model(path, config):
     """
     check_config(config, path, is_function=_is_function)
     try:
-        model = keras.models.load_model(path, safe_mode=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of the optimizer's state, which is not used.
+            model = keras.models.load_model(path, safe_mode=True)
     except Exception as error:
         raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
     if not isinstance(model, keras.Model) or not model.variables:
@@ -61,40 +65,31 @@ class Scorer:
         self._compilation = model.get_compile_config() if model.compiled else None
         # Its state belongs to other weights than those that are scored.
         model.optimizer = None
-        known = self._score_one_example() if model.compiled else {}
+        known = {}
+        if model.compiled:
+            with _blaming_data():
+                known = self._score_one_example()
         if metric not in known:
             self._compile_with(metric, known)
 
     def _compile_with(self, metric, known):
+        if metric == "loss":
+            raise _metric_error(metric, known, "but the model was saved without being compiled")
         try:
             loss = self.model.loss if known else _no_loss
             self.model.compile(optimizer=None, loss=loss, metrics=[metric])
-            found = {} if metric == "loss" else self._score_one_example()
-            problem = f"which Keras reports as {sorted(found)}"
-        except (InputError, TypeError, ValueError) as error:
-            found, problem = {}, f"but {in_one_line(error)}"
-        if metric == "loss":
-            problem = "but the model was saved without being compiled"
+            found = self._score_one_example()
+        except Exception as error:
+            problem = f"but Keras says: {in_one_line(error)}"
+            raise _metric_error(metric, known, problem) from error
         if metric not in found:
-            choices = f"one of {sorted(known)}, " if known else ""
-            raise InputError(
-                f"`--metric` must be {choices}or one that Keras can compute by its name. "
-                f"Received: {metric!r}, {problem}. Choose another, e.g. --metric accuracy."
-            )
+            raise _metric_error(metric, known, f"which Keras reports as {sorted(found)}")
 
     def _score_one_example(self):
         return self._evaluate(*tree.map_structure(lambda array: array[:1], self._data))
 
     def _evaluate(self, x, y):
-        try:
-            return self.model.evaluate(
-                x, y, batch_size=self._batch_size, verbose=0, return_dict=True
-            )
-        except Exception as error:
-            raise InputError(
-                f"Cannot score the model on the arrays of `--data`: {in_one_line(error)}. Give it "
-                "what the model takes and what it shall answer."
-            ) from error
+        return self.model.evaluate(x, y, batch_size=self._batch_size, verbose=0, return_dict=True)
 
     def direction(self):
         """Returns whether a larger score is better, `"max"`, or a smaller, `"min"`; else None."""
@@ -150,7 +145,8 @@ class Scorer:
             InputError: If Keras cannot.
         """
         self.assign(weights)
-        return float(self._evaluate(*self._data)[self.metric])
+        with _blaming_data():
+            return float(self._evaluate(*self._data)[self.metric])
 
     def save(self, path):
         """Saves the model with the weights that it holds, compiled as it was loaded.
@@ -167,6 +163,25 @@ class Scorer:
             self.model.save(path)
         else:
             self.model.save_weights(path)
+
+
+def _metric_error(metric, known, problem):
+    choices = f"one of {sorted(known)}, or " if known else ""
+    return InputError(
+        f"`--metric` must be {choices}one that Keras can compute by its name. Received: "
+        f"{metric!r}, {problem}. Choose another, e.g. --metric accuracy."
+    )
+
+
+@contextlib.contextmanager
+def _blaming_data():
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"Cannot score the model on the arrays of `--data`: {in_one_line(error)}. Give it what "
+            "the model takes and what it shall answer."
+        ) from error
 
 
 def _no_loss(targets, outputs):

@@ -20,7 +20,7 @@ def make_sequential():
         [
             keras.Input((6,)),
             layers.Dense(4, activation="relu", name="first"),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(name="norm"),
             layers.Dropout(0.5, seed=0),
             layers.Dense(2),
         ]

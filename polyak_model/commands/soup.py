@@ -121,7 +121,7 @@ def run_soup(model, candidates, data, output, metric, mode, batch_size):
     with told_in_one_line(), written_whole(output) as partial:
         scorer.save(partial)
     print(describe(soup, metric))
-    if has_statistics:
+    if has_statistics and sum(tasting.kept for tasting in soup.tastings) > 1:
         print(
             "\nBatchNormalization: the averaged statistics do not fit the averaged weights. "
             "Refresh them by a pass over training data."
