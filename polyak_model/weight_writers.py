@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from polyak_model.archives import CONFIG, METADATA, WEIGHTS, copy_member, list_assets
-from polyak_model.hdf5_variables import in_one_line
+from polyak_model.refusals import in_one_line
 
 _BLOCK = 2**20
 
