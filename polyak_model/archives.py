@@ -10,7 +10,7 @@ import zlib
 
 from polyak_model.arguments import InputError
 from polyak_model.guarded_files import GuardedFile
-from polyak_model.hdf5_variables import in_one_line, refusal
+from polyak_model.refusals import in_one_line, refusal
 
 WEIGHTS = "model.weights.h5"
 CONFIG = "config.json"

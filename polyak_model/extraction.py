@@ -6,14 +6,13 @@ import types
 import zipfile
 import zlib
 
-import h5py
 import numpy as np
 
 from polyak_model.archives import CONFIG, METADATA, WEIGHTS
-from polyak_model.checkpoints import cut
-from polyak_model.hdf5_variables import in_one_line, refusal
 from polyak_model.inspection import BLOCK
-from polyak_model.weight_writers import create_groups, create_variable
+from polyak_model.refusals import in_one_line, refusal
+from polyak_model.stored_variables import cut
+from polyak_model.weight_writers import create_groups, create_variable, created_weights
 from polyak_model.whole_files import written_whole
 from polyak_model.wrapper_files import find_wrappers
 
@@ -77,7 +76,7 @@ def extract(weights, contents, output):
     attributes = _inside(group, weights.attributes)
     if str(output).endswith(".weights.h5"):
         with written_whole(output) as partial:
-            _write_hdf5(partial, variables, attributes)
+            _write_hdf5(partial, weights, variables, attributes)
         return
     config = _model_config(weights)
     state = {}
@@ -90,7 +89,7 @@ def extract(weights, contents, output):
         variables, attributes = map(_without_optimizer, (variables, attributes))
     with written_whole(output) as partial:
         hdf5 = partial.with_name(WEIGHTS)
-        _write_hdf5(hdf5, variables, attributes, state)
+        _write_hdf5(hdf5, weights, variables, attributes, state)
         with zipfile.ZipFile(partial, "w") as archive:
             archive.writestr(METADATA, json.dumps(weights.metadata))
             archive.writestr(CONFIG, json.dumps(config))
@@ -119,14 +118,14 @@ def _model_config(weights):
     return model | {"compile_config": dict(compilation)}
 
 
-def _write_hdf5(path, variables, attributes, arrays=()):
-    with h5py.File(path, "w") as file:
+def _write_hdf5(path, weights, variables, attributes, arrays=()):
+    with created_weights(path, like=weights) as file:
         create_groups(file, attributes)
         for name, variable in variables.items():
             moved = types.SimpleNamespace(name=name, shape=variable.shape, dtype=variable.dtype)
             write = create_variable(file, moved)
             for part in cut(variable.shape, BLOCK):
-                write(part, variable.read(part))
+                write(part.index, variable.read(part))
         for name in arrays:
             file[name] = arrays[name]
 

@@ -45,15 +45,24 @@ class GuardedFile(io.RawIOBase):
 
     def readinto(self, buffer):
         buffer = memoryview(buffer).cast("B")
-        if len(buffer) > self._size - self._position:
-            raise OSError(f"it ends before byte {self._position + len(buffer):,}")
-        self._fill(buffer, self._position)
+        self.read_at(self._position, buffer)
         if buffer[:4] == _SIGNATURE:
             self._check_heap(self._position)
         self._position += len(buffer)
         return len(buffer)
 
-    def _fill(self, buffer, position):
+    def read_at(self, position, buffer):
+        """Fills a buffer with the bytes from a position on.
+
+        Args:
+            position: Of the first byte, from the beginning of the part.
+            buffer: A memoryview of bytes.
+
+        Raises:
+            OSError: If the part ends before.
+        """
+        if len(buffer) > self._size - position:
+            raise OSError(f"it ends before byte {position + len(buffer):,}")
         self._file.seek(self._offset + position)
         if self._file.readinto(buffer) != len(buffer):
             raise OSError("it was cut off while it was read")
@@ -73,8 +82,6 @@ class GuardedFile(io.RawIOBase):
             position += step
 
     def _bytes(self, count, position):
-        if count > self._size - position:
-            raise OSError(f"it ends before byte {position + count:,}")
         block = bytearray(count)
-        self._fill(block, position)
+        self.read_at(position, memoryview(block))
         return block

@@ -5,8 +5,8 @@ import typing
 
 import numpy as np
 
-from polyak_model.checkpoints import cut
-from polyak_model.hdf5_variables import refusal
+from polyak_model.refusals import refusal
+from polyak_model.stored_variables import cut
 
 BLOCK = 2**20
 

@@ -8,7 +8,7 @@ import keras
 from keras import tree
 
 from polyak_model.arguments import InputError
-from polyak_model.hdf5_variables import in_one_line, refusal
+from polyak_model.refusals import in_one_line, refusal
 from polyak_model.safe_configs import check_config
 
 

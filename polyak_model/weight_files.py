@@ -18,7 +18,8 @@ from polyak_model.archives import (
     read_json,
 )
 from polyak_model.guarded_files import GuardedFile
-from polyak_model.hdf5_variables import DAMAGE, in_one_line, list_variables, refusal
+from polyak_model.hdf5_listing import list_variables
+from polyak_model.refusals import DAMAGE, in_one_line, refusal
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
 _LONGEST_MAP = 32 * 2**20
@@ -192,4 +193,4 @@ def _listed(guarded, source):
     except DAMAGE as error:
         raise refusal(source, f"it is no HDF5 file or damaged ({in_one_line(error)})") from error
     with file:
-        yield list_variables(file, source, guarded.size)
+        yield list_variables(file, guarded, source)

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from polyak_model.archives import CONFIG, METADATA, WEIGHTS, copy_member, list_assets
+from polyak_model.refusals import in_one_line
 
 _BLOCK = 2**20
 
@@ -29,12 +30,12 @@ def created_weights(path, like):
         An `h5py.File` to create the tensors in, with `create_variable`.
     """
     if not str(path).endswith(".keras"):
-        with h5py.File(path, "w") as file:
+        with _created_hdf5(path) as file:
             yield file
         return
     # h5py has to go back and forth in what it writes; a member of an archive is written in one go.
     weights = path.with_name(WEIGHTS)
-    with h5py.File(weights, "w") as file:
+    with _created_hdf5(weights) as file:
         yield file
     with zipfile.ZipFile(path, "w") as archive:
         copy_member(like.archive, METADATA, archive, like.path)
@@ -47,6 +48,16 @@ def created_weights(path, like):
         for name in list_assets(like.archive):
             copy_member(like.archive, name, archive, like.path)
     weights.unlink()
+
+
+@contextlib.contextmanager
+def _created_hdf5(path):
+    try:
+        with h5py.File(path, "w") as file:
+            yield file
+    except RuntimeError as error:
+        # So h5py says that a disk is full when it closes a file.
+        raise OSError(None, in_one_line(error)) from error
 
 
 def create_groups(file, attributes):

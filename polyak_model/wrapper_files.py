@@ -4,7 +4,7 @@ import re
 import typing
 
 from polyak_model.archives import parse_json
-from polyak_model.hdf5_variables import refusal
+from polyak_model.refusals import refusal
 
 AVERAGE = "average_model"
 _STATE_NAME = re.compile(r"shadow(_\d+)?")

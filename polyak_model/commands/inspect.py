@@ -5,7 +5,7 @@ import pathlib
 import typing
 
 from polyak_model import inspection
-from polyak_model.hdf5_variables import in_one_line
+from polyak_model.refusals import in_one_line
 from polyak_model.text_tables import format_table, printable
 from polyak_model.weight_files import open_weights
 from polyak_model.wrapper_files import find_wrappers, read_rule, read_step

@@ -42,6 +42,5 @@ def told_in_one_line():
     """Turns the failure of writing a file, such as a full disk, into an `InputError`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        message = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise InputError(message.rstrip(".") + ".") from error
+    except OSError as error:
+        raise InputError(f"{error.strerror or error}.") from error
