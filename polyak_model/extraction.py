@@ -120,7 +120,11 @@ def _model_config(weights):
 
 def _write_hdf5(path, weights, variables, attributes, arrays=()):
     with created_weights(path, like=weights) as file:
-        create_groups(file, attributes)
+        try:
+            create_groups(file, attributes)
+        except UnicodeError as error:
+            problem = f"it holds text that is no UTF-8 ({in_one_line(error)})"
+            raise refusal(weights.path, problem) from error
         for name, variable in variables.items():
             moved = types.SimpleNamespace(name=name, shape=variable.shape, dtype=variable.dtype)
             write = create_variable(file, moved)

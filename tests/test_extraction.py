@@ -222,6 +222,13 @@ def test_a_damaged_vocabulary_is_refused(saved, refused, tmp_path):
     assert f"its member {asset!r} is damaged" in refused(source)
 
 
+def test_text_that_is_no_utf8_is_refused(saved, refused, tmp_path):
+    source = tmp_path / "odd.weights.h5"
+    content = (saved[0] / "sequential.weights.h5").read_bytes()
+    source.write_bytes(content.replace(b"first", b"fir\xefst"[:5]))
+    assert "it holds text that is no UTF-8" in refused(source, "out.weights.h5")
+
+
 def rewrite(source, target, name, content):
     """Copies an archive with another content of one member."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
