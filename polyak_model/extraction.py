@@ -20,13 +20,11 @@ CONTENTS = ("average", "raw")
 _ASSETS = "assets"
 # As `average_model.save` does it: plain SGD has no state to lose, and Keras evaluates no model that
 # was saved without an optimizer.
-_FOR_EVALUATION = {
-    "optimizer": {
-        "module": "keras.optimizers",
-        "class_name": "SGD",
-        "config": {"name": "sgd", "learning_rate": 0.01},
-        "registered_name": None,
-    },
+_SGD = {
+    "module": "keras.optimizers",
+    "class_name": "SGD",
+    "config": {"name": "sgd", "learning_rate": 0.01},
+    "registered_name": None,
 }
 _SGD_STATE = {"optimizer/vars/0": np.int64(0), "optimizer/vars/1": np.float32(0.01)}
 
@@ -81,7 +79,7 @@ def extract(weights, contents, output):
     config = _model_config(weights)
     state = {}
     if contents == "average" and "optimizer" in config.get("compile_config", {}):
-        config["compile_config"] |= _FOR_EVALUATION
+        config["compile_config"]["optimizer"] = _SGD
         if "optimizer/inner_optimizer" in attributes:
             # Under mixed precision Keras would put a LossScaleOptimizer around it.
             config["compile_config"]["auto_scale_loss"] = False
