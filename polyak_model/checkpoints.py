@@ -134,12 +134,12 @@ def _written(output):
 
 def _fill(target, files, result, progress):
     last = files[-1].variables
-    total = sum(last[name].nbytes for name in (*result.averaged, *result.copied))
-    done = 0
     for name in result.copied:
         write = create_variable(target, last[name])
         for part in cut(last[name].shape, _SLAB):
             write(part.index, last[name].read(part))
+    total = sum(last[name].nbytes for name in result.averaged)
+    done = 0
     for name in result.averaged:
         write = create_variable(target, last[name])
         sources = [file.variables[name] for file in files]
