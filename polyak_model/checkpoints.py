@@ -150,6 +150,8 @@ def _fill(target, files, result, progress):
             progress(done / total)
 
 
+# What is infinite is found at the end, and what only became so is brought back by the bounds.
+@np.errstate(over="ignore", invalid="ignore")
 def _average(sources, shares, part):
     """Returns the average of a part of a tensor, in its dtype."""
     array = sources[0].read(part)
