@@ -111,6 +111,13 @@ def many_texts(file):
     file["vars"].attrs.create("name", [b"a"] * 9000, dtype="S1")
 
 
+def attribute_of_other_bytes(file):
+    attribute = h5py.h5a.create(
+        file["vars"].id, b"name", h5py.h5t.py_create(h5py.string_dtype()), h5py.h5s.create(0)
+    )
+    attribute.write(np.array(b"a\xe5b", object), mtype=h5py.h5t.py_create(h5py.string_dtype()))
+
+
 def unprintable_name(file):
     file["vars/a\nb"] = 1.0
 
@@ -141,6 +148,7 @@ def unprintable_name(file):
         (no_shape, "no shape"),
         (named_type, "neither a group nor a tensor"),
         (reference_attribute, "is no text and no number"),
+        (attribute_of_other_bytes, "it is damaged ('utf-8' codec"),
         (many_texts, "is no text and no number"),
     ],
 )

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import pathlib
@@ -50,8 +51,9 @@ def refused(path):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_variable_that_keras_saved_is_found_and_read(model, tmp_path, ending):
-    if ending == ".weights.json" and keras.__version__ < "3.10":
-        pytest.skip("shards came with Keras 3.10")
+    options = inspect.signature(model.save_weights).parameters
+    if ending == ".weights.json" and "max_shard_size" not in options:
+        pytest.skip("this Keras writes no shards")
     path = tmp_path / f"model{ending}"
     save(model, path)
     with open_weights(path) as weights:
