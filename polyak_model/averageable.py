@@ -31,11 +31,17 @@ def check_kinds(paths, output):
         raise _output_error(
             output, "only .keras files know the model's configuration", "a name in .weights.h5"
         )
-    if os.path.isdir(output):
-        raise _output_error(output, "it is a folder", "another name")
-    folder = pathlib.Path(os.path.realpath(output)).parent
-    if not folder.is_dir():
-        raise _output_error(output, "its folder does not exist", "an existing folder")
+    try:
+        if os.path.isdir(output):
+            raise _output_error(output, "it is a folder", "another name")
+        folder = pathlib.Path(os.path.realpath(output)).parent
+        if not folder.is_dir():
+            raise _output_error(output, "its folder does not exist", "an existing folder")
+        os.lstat(output)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _output_error(output, f"the system says: {error.strerror}", "another name") from error
 
 
 def check_places(files, output):

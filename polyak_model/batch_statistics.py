@@ -2,7 +2,7 @@
 
 import re
 
-_CLASSES = {"BatchNormalization", "SyncBatchNormalization"}
+_CLASSES = ("BatchNormalization", "SyncBatchNormalization")
 # Keras names groups and layers after the class unless told otherwise.
 _NAME = re.compile(r"(sync_)?batch_normalization(_\d+)?")
 
@@ -33,8 +33,9 @@ def _configured(config):
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
-            if item.get("class_name") in _CLASSES:
-                yield str((item.get("config") or {}).get("name", item["class_name"]))
+            name, config = item.get("class_name"), item.get("config")
+            if name in _CLASSES:
+                yield str(config.get("name", name)) if isinstance(config, dict) else name
             waiting.extend(item.values())
         elif isinstance(item, list):
             waiting.extend(item)

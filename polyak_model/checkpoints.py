@@ -134,12 +134,12 @@ def _written(output):
 
 def _fill(target, files, result, progress):
     last = files[-1].variables
-    total = sum(last[name].nbytes for name in (*result.averaged, *result.copied))
-    done = 0
     for name in result.copied:
         write = create_variable(target, last[name])
         for part in cut(last[name].shape, _SLAB):
             write(part.index, last[name].read(part))
+    total = sum(last[name].nbytes for name in result.averaged)
+    done = 0
     for name in result.averaged:
         write = create_variable(target, last[name])
         sources = [file.variables[name] for file in files]
@@ -150,6 +150,8 @@ def _fill(target, files, result, progress):
             progress(done / total)
 
 
+# What is infinite is found at the end, and what only became so is brought back by the bounds.
+@np.errstate(over="ignore", invalid="ignore")
 def _average(sources, shares, part):
     """Returns the average of a part of a tensor, in its dtype."""
     array = sources[0].read(part)

@@ -7,11 +7,12 @@ import pathlib
 import re
 
 from polyak_model.arguments import InputError
+from polyak_model.refusals import in_one_line
 from polyak_model.weight_files import ENDINGS
 
-_NUMBER = re.compile(r"(\d+)")
-_DECIMAL = re.compile(r"\d+\.\d+")
-_EPOCH = re.compile(r"epochs?[-_=. ]?(\d+)", re.IGNORECASE)
+_NUMBER = re.compile(r"([0-9]+)")
+_DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
+_EPOCH = re.compile(r"epochs?[-_=. ]?([0-9]+)", re.IGNORECASE)
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
 
@@ -64,8 +65,9 @@ def in_order(paths):
     """
 
     def key(path):
+        # Texts and numbers take turns.
         parts = _NUMBER.split(os.path.basename(path))
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in parts], str(path)
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
     return sorted(paths, key=key)
 
@@ -153,7 +155,7 @@ def _read_history(path, column):
             rows = csv.DictReader(file)
             for name in ("epoch", column):
                 if name not in (rows.fieldnames or ()):
-                    columns = ", ".join(map(str, rows.fieldnames or ["none"]))
+                    columns = in_one_line(", ".join(rows.fieldnames or ["none"]))
                     raise _history_error(path, f"it has no column {name!r} but {columns}")
             for row in rows:
                 epoch = _parse_epoch(row["epoch"], path)
@@ -163,7 +165,7 @@ def _read_history(path, column):
     except InputError:
         raise
     except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or in_one_line(error)
         raise _history_error(path, f"it cannot be read ({reason})") from error
     return scores
 
@@ -172,7 +174,7 @@ def _parse_epoch(text, path):
     try:
         return int(text)
     except (TypeError, ValueError) as error:
-        raise _history_error(path, f"an epoch in it is {text!r}") from error
+        raise _history_error(path, f"an epoch in it is {in_one_line(text)!r}") from error
 
 
 def _parse_score(text):

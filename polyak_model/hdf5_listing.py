@@ -152,4 +152,7 @@ def _read_attribute(item, key):
     dtype = identifier.dtype
     if dtype.kind not in "biufSU" and h5py.check_string_dtype(dtype) is None:
         return None
-    return item.attrs[key]
+    value = item.attrs[key]
+    # HDF5 reads bytes that are no text, too, but cannot write them again.
+    "".join(map(str, np.ravel(value))).encode()
+    return value

@@ -55,9 +55,9 @@ def _created_hdf5(path):
     try:
         with h5py.File(path, "w") as file:
             yield file
-    except RuntimeError as error:
-        # So h5py says that a disk is full when it closes a file.
-        raise OSError(None, in_one_line(error)) from error
+    except (OSError, RuntimeError) as error:
+        # h5py tells of a full disk in several lines, and as a RuntimeError when it closes a file.
+        raise OSError(getattr(error, "errno", None), in_one_line(error)) from error
 
 
 def create_groups(file, attributes):

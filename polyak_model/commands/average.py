@@ -113,7 +113,7 @@ def run_average(files, output, weights):
     """
     with _progress_bar() as progress:
         result = average_files(files, output, weights, progress)
-    print(f"Averaged {len(result.averaged)} variables of {len(files)} files:")
+    print(f"Averaged {len(files)} files:")
     for path, share in zip(files, result.shares, strict=True):
         print(f"  {100 * share:6.2f} %  {path}")
     if result.copied:
