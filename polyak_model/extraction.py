@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from polyak_model.archives import CONFIG, METADATA, WEIGHTS
+from polyak_model.archives import CONFIG, METADATA, WEIGHTS, copy_member
 from polyak_model.inspection import BLOCK
 from polyak_model.refusals import in_one_line, refusal
 from polyak_model.stored_variables import cut
@@ -89,8 +89,8 @@ def extract(weights, contents, output):
         hdf5 = partial.with_name(WEIGHTS)
         _write_hdf5(hdf5, weights, variables, attributes, state)
         with zipfile.ZipFile(partial, "w") as archive:
-            archive.writestr(METADATA, json.dumps(weights.metadata))
-            archive.writestr(CONFIG, json.dumps(config))
+            copy_member(weights.archive, METADATA, archive, weights.path)
+            archive.writestr(CONFIG, _dump(config, weights.path))
             archive.write(hdf5, WEIGHTS)
             _copy_assets(weights, group, archive)
 
@@ -116,13 +116,17 @@ def _model_config(weights):
     return model | {"compile_config": dict(compilation)}
 
 
+def _dump(config, path):
+    try:
+        return json.dumps(config)
+    except RecursionError as error:
+        # A little less deep may be read than can be written.
+        raise refusal(path, f"its {CONFIG} is nested too deep") from error
+
+
 def _write_hdf5(path, weights, variables, attributes, arrays=()):
     with created_weights(path, like=weights) as file:
-        try:
-            create_groups(file, attributes)
-        except UnicodeError as error:
-            problem = f"it holds text that is no UTF-8 ({in_one_line(error)})"
-            raise refusal(weights.path, problem) from error
+        create_groups(file, attributes)
         for name, variable in variables.items():
             moved = types.SimpleNamespace(name=name, shape=variable.shape, dtype=variable.dtype)
             write = create_variable(file, moved)

@@ -217,16 +217,24 @@ def test_a_configuration_without_a_model_is_refused(saved, refused, tmp_path, co
 def test_a_damaged_vocabulary_is_refused(saved, refused, tmp_path):
     asset = "assets/average_model/layers/string_lookup/vocabulary.txt"
     source = tmp_path / "odd.keras"
-    rewrite(saved[0] / "sequential.keras", source, asset, "vocabulary")
+    rewrite(saved[0] / "sequential.keras", source, asset, '"vocabulary"')
     source.write_bytes(source.read_bytes().replace(b'"vocabulary"', b'"vocabularx"'))
     assert f"its member {asset!r} is damaged" in refused(source)
 
 
-def test_text_that_is_no_utf8_is_refused(saved, refused, tmp_path):
-    source = tmp_path / "odd.weights.h5"
-    content = (saved[0] / "sequential.weights.h5").read_bytes()
-    source.write_bytes(content.replace(b"first", b"fir\xefst"[:5]))
-    assert "it holds text that is no UTF-8" in refused(source, "out.weights.h5")
+def test_a_configuration_of_any_depth_is_extracted_or_refused(saved, refused, tmp_path):
+    source = tmp_path / "deep.keras"
+    refusals = 0
+    for depth in range(100, 3000, 97):
+        deep = "[" * depth + "]" * depth
+        text = '{"config": {"model": {"class_name": "A", "config": ' + deep + "}}}"
+        rewrite(saved[0] / "sequential.keras", source, "config.json", text)
+        try:
+            extract_file(source, "raw", tmp_path / "out.keras")
+        except InputError:
+            refusals += 1
+            assert "config.json" in refused(source)
+    assert 0 < refusals < 30
 
 
 def rewrite(source, target, name, content):
@@ -235,4 +243,4 @@ def rewrite(source, target, name, content):
         for member in old.namelist():
             if member != name:
                 new.writestr(member, old.read(member))
-        new.writestr(name, json.dumps(content))
+        new.writestr(name, content if isinstance(content, str) else json.dumps(content))
