@@ -10,7 +10,7 @@ import zlib
 
 from polyak_model.arguments import InputError
 from polyak_model.guarded_files import GuardedFile
-from polyak_model.refusals import in_one_line, refusal
+from polyak_model.refusals import in_one_line, refusal, system_error
 
 WEIGHTS = "model.weights.h5"
 CONFIG = "config.json"
@@ -51,8 +51,12 @@ def open_archive(path):
             `.keras` file does.
     """
     with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise system_error(path, error) from error
         with _refusing(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
+            archive = stack.enter_context(zipfile.ZipFile(file))
             _check_members(archive, path)
         yield archive
 
@@ -80,8 +84,7 @@ def open_member(archive, name, path):
             info = archive.getinfo(name)
             if info.compress_type == zipfile.ZIP_STORED:
                 _check_sum(archive, info)
-                whole = stack.enter_context(open(path, "rb"))
-                file = GuardedFile(whole, _data_offset(whole, info), info.file_size)
+                file = GuardedFile(archive.fp, _data_offset(archive.fp, info), info.file_size)
             else:
                 unpacked = stack.enter_context(tempfile.TemporaryFile())
                 _check_sum(archive, info, copy=unpacked)

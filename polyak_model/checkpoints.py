@@ -138,7 +138,7 @@ def _fill(target, files, result, progress):
         write = create_variable(target, last[name])
         for part in cut(last[name].shape, _SLAB):
             write(part.index, last[name].read(part))
-    total = sum(last[name].nbytes for name in result.averaged)
+    total = max(1, sum(last[name].nbytes for name in result.averaged))
     done = 0
     for name in result.averaged:
         write = create_variable(target, last[name])
@@ -155,8 +155,8 @@ def _fill(target, files, result, progress):
 def _average(sources, shares, part):
     """Returns the average of a part of a tensor, in its dtype."""
     array = sources[0].read(part)
-    total = np.multiply(array, shares[0], dtype="float64")
-    term = np.empty_like(total)
+    total, term = np.empty(part.shape), np.empty(part.shape)
+    np.multiply(array, shares[0], out=total, dtype="float64")
     # A float64 may exceed what it is the mean of by a rounding; others are rounded afterwards.
     bounds = (array, array) if array.dtype == np.float64 else None
     for source, share in zip(sources[1:], shares[1:], strict=True):
@@ -168,7 +168,7 @@ def _average(sources, shares, part):
         if bounds:
             bounds = np.minimum(bounds[0], array), np.maximum(bounds[1], array)
     if bounds:
-        total = np.clip(total, *bounds)
+        np.clip(total, *bounds, out=total)
     if not np.isfinite(total).all():
         raise _infinite(sources, part)
     return total.astype(array.dtype)

@@ -1,5 +1,7 @@
 """How a file is refused: in one line, whatever a library raised."""
 
+import errno
+
 from polyak_model.arguments import InputError
 
 # What h5py, HDF5 and NumPy raise on damaged files.
@@ -18,6 +20,15 @@ DAMAGE = (
 def refusal(source, problem, remedy="Save the weights again with Keras"):
     """Returns the `InputError` that says why a file is not used."""
     return InputError(f"Cannot use {str(source)!r}: {problem}. {remedy}.")
+
+
+def system_error(source, error):
+    """Returns the `InputError` for a file that the system does not open."""
+    remedy = "Check the path"
+    if getattr(error, "errno", None) == errno.EMFILE:
+        remedy = "Raise the limit with ulimit -n, or average the averages of fewer files"
+    reason = getattr(error, "strerror", None) or in_one_line(error)
+    return refusal(source, f"the system says: {reason}", remedy)
 
 
 def in_one_line(error):

@@ -72,15 +72,20 @@ class Variable:
         self.shape = dataset.shape
         self.source = source
         self._stored = dataset.dtype
-        self._dataset = dataset
         self._file = file
         # HDF5 knows an offset only of what lies in one piece, as Keras writes it.
-        self._offset = dataset.get_offset()
+        self._offset = dataset.get_offset() if self.nbytes else 0
+        self._dataset = dataset if self._offset is None else None
 
     @property
     def nbytes(self):
         """How many bytes its array takes."""
         return math.prod(self.shape) * self._stored.itemsize
+
+    @property
+    def needs_hdf5(self):
+        """Whether HDF5 must read it, which takes megabytes for each file that it has open."""
+        return self._dataset is not None
 
     def read(self, part=None):
         """Reads the array, or a part of it.
@@ -96,7 +101,7 @@ class Variable:
         """
         part = Part((), self.shape, 0) if part is None else part
         try:
-            if self._offset is None:
+            if self.needs_hdf5:
                 array = np.asarray(h5py.Dataset(self._dataset)[part.index])
             else:
                 array = np.empty(part.shape, self._stored)

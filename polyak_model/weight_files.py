@@ -19,7 +19,7 @@ from polyak_model.archives import (
 )
 from polyak_model.guarded_files import GuardedFile
 from polyak_model.hdf5_listing import list_variables
-from polyak_model.refusals import DAMAGE, in_one_line, refusal
+from polyak_model.refusals import DAMAGE, in_one_line, refusal, system_error
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
 _LONGEST_MAP = 32 * 2**20
@@ -105,8 +105,7 @@ def _check_is_file(path):
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or in_one_line(error)
-        raise refusal(path, f"the system says: {problem}", "Check the path") from error
+        raise system_error(path, error) from error
     # Reading a pipe could wait for ever.
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
@@ -161,7 +160,7 @@ def _read_weight_map(path):
     try:
         text = pathlib.Path(path).read_bytes()
     except OSError as error:
-        raise refusal(path, f"the system says: {error.strerror}") from error
+        raise system_error(path, error) from error
     weight_map = parse_json(text, "it", path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise refusal(path, "it has no `weight_map`")
@@ -182,7 +181,7 @@ def _listed_file(path):
         try:
             file = stack.enter_context(open(path, "rb"))
         except OSError as error:
-            raise refusal(path, f"the system says: {error.strerror}") from error
+            raise system_error(path, error) from error
         yield stack.enter_context(_listed(GuardedFile(file), path))
 
 
@@ -193,4 +192,7 @@ def _listed(guarded, source):
     except DAMAGE as error:
         raise refusal(source, f"it is no HDF5 file or damaged ({in_one_line(error)})") from error
     with file:
-        yield list_variables(file, guarded, source)
+        variables, attributes = list_variables(file, guarded, source)
+        if not any(variable.needs_hdf5 for variable in variables.values()):
+            file.close()
+        yield variables, attributes

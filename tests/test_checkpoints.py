@@ -116,6 +116,39 @@ def test_a_tensor_of_many_parts_is_averaged_everywhere(tmp_path):
     np.testing.assert_array_equal(average_arrays(tmp_path, arrays), arrays[0] * 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (1, 1)])
+def test_tensors_of_one_or_no_number_are_averaged(tmp_path, dtype, shape):
+    arrays = [np.full(shape, n, dtype_of(dtype)) for n in (1, 4, 4)]
+    average = average_arrays(tmp_path, arrays)
+    assert (average.shape, average.dtype) == (shape, arrays[0].dtype)
+    assert (average == 3).all()
+
+
+@pytest.mark.parametrize("options", [{"chunks": (7, 2)}, {"compression": "gzip"}])
+def test_tensors_in_chunks_are_averaged(tmp_path, options):
+    tensors = [{"vars/0": np.full((700, 300), n, "float32")} for n in (1, 2)]
+    paths = [write_hdf5(tmp_path / f"{n}.weights.h5", t, **options) for n, t in enumerate(tensors)]
+    average_files(paths, tmp_path / "average.weights.h5")
+    np.testing.assert_array_equal(read(tmp_path / "average.weights.h5")["vars/0"], 1.5)
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_too_many_files_for_the_system_are_told(tmp_path, ending):
+    paths = [str(WRITERS[ending](tmp_path / f"{n}{ending}")) for n in range(40)]
+    program = f"""
+import resource
+from polyak_model.checkpoints import average_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+try:
+    average_files({paths}, 'average.weights.h5')
+except ValueError as error:
+    print(error)
+"""
+    assert "Raise the limit with ulimit -n" in run(program, tmp_path).stdout
+    assert not (tmp_path / "average.weights.h5").exists()
+
+
 @pytest.mark.parametrize("ending", WRITERS)
 def test_integers_are_the_last_files_and_the_optimizer_is_left_out(tmp_path, ending):
     tensors = [
@@ -351,6 +384,23 @@ def run(program, folder):
         text=True,
         check=True,
     )
+
+
+def test_little_memory_is_kept_for_each_of_many_files(tmp_path):
+    tensors = {f"layers/dense_{n}/vars/0": np.ones(2, "float32") for n in range(100)}
+    paths = [str(write_hdf5(tmp_path / f"{n}.weights.h5", tensors)) for n in range(40)]
+    program = f"""
+import re
+from polyak_model.checkpoints import average_files
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+average_files({paths[:2]}, 'average.weights.h5')
+before = peak()
+average_files({paths}, 'average.weights.h5')
+print((peak() - before) / 38)
+"""
+    kilobytes_for_each = float(run(program, tmp_path).stdout)
+    assert kilobytes_for_each < 500
 
 
 def test_memory_does_not_grow_with_the_files_nor_with_the_tensor(tmp_path):

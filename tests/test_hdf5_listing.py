@@ -112,10 +112,9 @@ def many_texts(file):
 
 
 def attribute_of_other_bytes(file):
-    attribute = h5py.h5a.create(
-        file["vars"].id, b"name", h5py.h5t.py_create(h5py.string_dtype()), h5py.h5s.create(0)
-    )
-    attribute.write(np.array(b"a\xe5b", object), mtype=h5py.h5t.py_create(h5py.string_dtype()))
+    kind = h5py.h5t.py_create(h5py.string_dtype(), logical=True)
+    attribute = h5py.h5a.create(file["vars"].id, b"other", kind, h5py.h5s.create(h5py.h5s.SCALAR))
+    attribute.write(np.array(b"a\xe5b", h5py.string_dtype()))
 
 
 def unprintable_name(file):
