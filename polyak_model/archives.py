@@ -1,7 +1,6 @@
 """`.keras` files: zip archives that somebody else wrote, opened with distrust."""
 
 import contextlib
-import io
 import json
 import pathlib
 import struct
@@ -10,11 +9,13 @@ import zipfile
 import zlib
 
 from polyak_model.arguments import InputError
-from polyak_model.hdf5_variables import in_one_line, refusal
+from polyak_model.guarded_files import GuardedFile
+from polyak_model.refusals import in_one_line, refusal, system_error
 
 WEIGHTS = "model.weights.h5"
 CONFIG = "config.json"
 METADATA = "metadata.json"
+_ASSETS = "assets/"
 
 # What zipfile and zlib raise on damaged archives.
 _DAMAGE = (
@@ -50,8 +51,12 @@ def open_archive(path):
             `.keras` file does.
     """
     with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise system_error(path, error) from error
         with _refusing(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
+            archive = stack.enter_context(zipfile.ZipFile(file))
             _check_members(archive, path)
         yield archive
 
@@ -69,7 +74,7 @@ def open_member(archive, name, path):
         path: The path of the archive, for errors.
 
     Yields:
-        A binary file that can seek, and its size.
+        A `GuardedFile`.
 
     Raises:
         InputError: If the member is damaged.
@@ -79,12 +84,12 @@ def open_member(archive, name, path):
             info = archive.getinfo(name)
             if info.compress_type == zipfile.ZIP_STORED:
                 _check_sum(archive, info)
-                whole = stack.enter_context(open(path, "rb"))
-                file = _Window(whole, _data_offset(whole, info), info.file_size)
+                file = GuardedFile(archive.fp, _data_offset(archive.fp, info), info.file_size)
             else:
-                file = stack.enter_context(tempfile.TemporaryFile())
-                _check_sum(archive, info, copy=file)
-        yield file, info.file_size
+                unpacked = stack.enter_context(tempfile.TemporaryFile())
+                _check_sum(archive, info, copy=unpacked)
+                file = GuardedFile(unpacked)
+        yield file
 
 
 def read_json(archive, name, path):
@@ -109,6 +114,27 @@ def read_json(archive, name, path):
     return parse_json(text, f"its {name}", path)
 
 
+def list_assets(archive):
+    """Returns the names of the members of a `.keras` file that its layers wrote."""
+    return [name for name in archive.namelist() if name.startswith(_ASSETS)]
+
+
+def copy_member(archive, name, target, path):
+    """Copies a member into another archive, block by block.
+
+    Args:
+        archive: A `zipfile.ZipFile` from `open_archive`.
+        name: Name of the member.
+        target: A `zipfile.ZipFile` open for writing.
+        path: The path of the archive, for errors.
+
+    Raises:
+        InputError: If the member is damaged.
+    """
+    with target.open(name, "w", force_zip64=True) as copy, _refusing(path):
+        _check_sum(archive, archive.getinfo(name), copy)
+
+
 def parse_json(text, what, path):
     """Parses a JSON object.
 
@@ -130,34 +156,6 @@ def parse_json(text, what, path):
     if not isinstance(parsed, dict):
         raise refusal(path, f"{what} holds no JSON object")
     return parsed
-
-
-class _Window(io.RawIOBase):
-    """The bytes of a stored member as a file of their own."""
-
-    def __init__(self, file, offset, size):
-        self._file = file
-        self._offset = offset
-        self._size = size
-        self._position = 0
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer):
-        length = max(0, min(len(buffer), self._size - self._position))
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(memoryview(buffer)[:length])
-        self._position += count
-        return count
 
 
 def _check_members(archive, path):

@@ -3,11 +3,11 @@
 import sys
 
 from polyak_model.arguments import InputError
-from polyak_model.commands import demo
+from polyak_model.commands import average, demo, extract, inspect, soup
 from polyak_model.commands.checks import require
 
 NAME = "polyak-model"
-COMMANDS = (demo,)
+COMMANDS = (average, demo, extract, inspect, soup)
 
 
 def main(arguments=None):

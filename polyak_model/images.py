@@ -1,14 +1,14 @@
 """Images for the demo: those of the user, checked, or a subset of MNIST."""
 
 import os
-import zipfile
-import zlib
 
 import numpy as np
 
 from polyak_model.arguments import InputError
+from polyak_model.arrays import ArraysError, read_arrays
 
 FEWEST_IMAGES = 10
+_EXAMPLE = "numpy.savez(file, x=images, y=labels)"
 
 
 def load_images(path=None):
@@ -40,57 +40,46 @@ def load_images(path=None):
 
 
 def _read(path):
-    failures = (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile)
     try:
-        with open(path, "rb") as file:
-            arrays = np.load(file, allow_pickle=False)
-            arrays = dict(arrays) if isinstance(arrays, np.lib.npyio.NpzFile) else None
-        mistake = _mistake(arrays)
-    except FileNotFoundError:
-        mistake = "which does not exist", "Check the path"
-    except (*failures, zlib.error) as error:
-        mistake = (
-            f"which cannot be read as arrays of numbers ({type(error).__name__})",
-            "Write it with numpy.savez(file, x=images, y=labels), without object arrays",
-        )
-    if mistake:
-        problem, remedy = mistake
+        arrays = read_arrays(path, _EXAMPLE)
+        _check(arrays)
+    except ArraysError as error:
         raise InputError(
             "`--data` must be an .npz file with images `x`, shape (n, height, width) or "
             "(n, height, width, channels), and n integer labels `y`. "
-            f"Received: {os.fspath(path)!r}, {problem}. {remedy}."
-        )
+            f"Received: {os.fspath(path)!r}, {error.problem}. {error.remedy}."
+        ) from error
     return arrays["x"], arrays["y"]
 
 
-def _mistake(arrays):
-    # What is wrong and how to mend it, or None.
-    rename = "Name the arrays: numpy.savez(file, x=images, y=labels)"
-    if arrays is None:
-        return "which holds a single array without a name", rename
+def _check(arrays):
     missing = [f"`{name}`" for name in ("x", "y") if name not in arrays]
     if missing:
-        return f"which lacks {' and '.join(missing)} and has {sorted(arrays)}", rename
+        raise ArraysError(
+            f"which lacks {' and '.join(missing)} and has {sorted(arrays)}",
+            f"Name the arrays: {_EXAMPLE}",
+        )
     # A member of the archive that is no array comes as bytes.
     x, y = np.asarray(arrays["x"]), np.asarray(arrays["y"])
     if x.ndim not in (3, 4) or 0 in x.shape[1:]:
-        return f"where `x` has shape {x.shape}", "Reshape `x`"
+        raise ArraysError(f"where `x` has shape {x.shape}", "Reshape `x`")
     if x.dtype.kind not in "buif":
-        return f"where `x` has dtype {x.dtype}", "Convert it: x.astype('float32')"
+        raise ArraysError(f"where `x` has dtype {x.dtype}", "Convert it: x.astype('float32')")
     if not np.isfinite(x).all():
-        return "where `x` has values that are not finite", "Replace them: numpy.nan_to_num(x)"
+        raise ArraysError(
+            "where `x` has values that are not finite", "Replace them: numpy.nan_to_num(x)"
+        )
     if y.ndim != 1:
-        return f"where `y` has shape {y.shape}", "Pass one label per image, shape (n,)"
+        raise ArraysError(f"where `y` has shape {y.shape}", "Pass one label per image, shape (n,)")
     if y.dtype.kind not in "iu":
         number = "Number the classes: numpy.unique(y, return_inverse=True)[1]"
-        return f"where `y` has dtype {y.dtype}", number
+        raise ArraysError(f"where `y` has dtype {y.dtype}", number)
     if len(x) != len(y):
-        return f"with {len(x)} images and {len(y)} labels", "Pass one label per image"
+        raise ArraysError(f"with {len(x)} images and {len(y)} labels", "Pass one label per image")
     classes = len(np.unique(y))
     if len(x) < FEWEST_IMAGES or classes < 2:
         remedy = f"Pass at least {FEWEST_IMAGES} images and 2 classes"
-        return f"with {len(x)} images and {classes} classes", remedy
-    return None
+        raise ArraysError(f"with {len(x)} images and {classes} classes", remedy)
 
 
 def split(x, y, seed):

@@ -17,7 +17,9 @@ from polyak_model.archives import (
     parse_json,
     read_json,
 )
-from polyak_model.hdf5_variables import DAMAGE, in_one_line, list_variables, refusal
+from polyak_model.guarded_files import GuardedFile
+from polyak_model.hdf5_listing import list_variables
+from polyak_model.refusals import DAMAGE, in_one_line, refusal, system_error
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
 _LONGEST_MAP = 32 * 2**20
@@ -38,6 +40,8 @@ class WeightFile:
         config: What config.json says, a dict; None unless a `.keras` file.
         metadata: What metadata.json says, a dict; None unless a `.keras` file.
         archive: The open `zipfile.ZipFile`; None unless a `.keras` file.
+        places: The files that it is made of: `path`, and the shards that it
+            names.
     """
 
     path: os.PathLike | str
@@ -47,6 +51,10 @@ class WeightFile:
     config: dict | None = None
     metadata: dict | None = None
     archive: object = None
+    places: tuple = ()
+
+    def __post_init__(self):
+        self.places = (self.path, *self.places)
 
 
 @contextlib.contextmanager
@@ -97,8 +105,7 @@ def _check_is_file(path):
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or in_one_line(error)
-        raise refusal(path, f"the system says: {problem}", "Check the path") from error
+        raise system_error(path, error) from error
     # Reading a pipe could wait for ever.
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
@@ -107,8 +114,8 @@ def _check_is_file(path):
 
 @contextlib.contextmanager
 def _open_hdf5(path):
-    with _hdf5_file(path, path) as file:
-        yield WeightFile(path, ".weights.h5", *list_variables(file, path, os.path.getsize(path)))
+    with _listed_file(path) as (variables, attributes):
+        yield WeightFile(path, ".weights.h5", variables, attributes)
 
 
 @contextlib.contextmanager
@@ -116,9 +123,8 @@ def _open_keras(path):
     with contextlib.ExitStack() as stack:
         archive = stack.enter_context(open_archive(path))
         config, metadata = (read_json(archive, name, path) for name in (CONFIG, METADATA))
-        member, size = stack.enter_context(open_member(archive, WEIGHTS, path))
-        file = stack.enter_context(_hdf5_file(member, path))
-        variables, attributes = list_variables(file, path, size)
+        member = stack.enter_context(open_member(archive, WEIGHTS, path))
+        variables, attributes = stack.enter_context(_listed(member, path))
         yield WeightFile(path, ".keras", variables, attributes, config, metadata, archive)
 
 
@@ -130,8 +136,7 @@ def _open_shards(path):
         for shard in sorted({shard for shard, _ in shards}):
             place = pathlib.Path(path).with_name(shard)
             _check_is_file(place)
-            file = stack.enter_context(_hdf5_file(place, place))
-            found, groups = list_variables(file, place, os.path.getsize(place))
+            found, groups = stack.enter_context(_listed_file(place))
             for name in found.keys() & variables.keys():
                 raise refusal(path, f"{name!r} is in two of its shards")
             variables |= found
@@ -141,7 +146,8 @@ def _open_shards(path):
             raise refusal(
                 path, f"it and its shard {shard!r} disagree about {group!r}", "Copy all shards anew"
             )
-        yield WeightFile(path, ".weights.json", variables, attributes)
+        places = [pathlib.Path(path).with_name(shard) for shard, _ in shards]
+        yield WeightFile(path, ".weights.json", variables, attributes, places=places)
 
 
 _OPENERS = dict(zip(ENDINGS, (_open_hdf5, _open_keras, _open_shards), strict=True))
@@ -154,7 +160,7 @@ def _read_weight_map(path):
     try:
         text = pathlib.Path(path).read_bytes()
     except OSError as error:
-        raise refusal(path, f"the system says: {error.strerror}") from error
+        raise system_error(path, error) from error
     weight_map = parse_json(text, "it", path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise refusal(path, "it has no `weight_map`")
@@ -170,10 +176,23 @@ def _read_weight_map(path):
 
 
 @contextlib.contextmanager
-def _hdf5_file(place, source):
+def _listed_file(path):
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise system_error(path, error) from error
+        yield stack.enter_context(_listed(GuardedFile(file), path))
+
+
+@contextlib.contextmanager
+def _listed(guarded, source):
     try:
-        file = h5py.File(place, "r")
+        file = h5py.File(guarded, "r")
     except DAMAGE as error:
         raise refusal(source, f"it is no HDF5 file or damaged ({in_one_line(error)})") from error
     with file:
-        yield file
+        variables, attributes = list_variables(file, guarded, source)
+        if not any(variable.needs_hdf5 for variable in variables.values()):
+            file.close()
+        yield variables, attributes

@@ -1,0 +1,431 @@
+import itertools
+import math
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+
+import h5py
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from weight_samples import CONFIG, TENSORS, WRITERS, write_hdf5, write_keras
+
+import polyak_model
+from polyak_model.arguments import InputError
+from polyak_model.checkpoints import average_files
+from polyak_model.weight_files import open_weights
+
+pytestmark = pytest.mark.without_keras
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Outlives the examples of one hypothesis test."""
+    return tmp_path_factory.mktemp("examples")
+
+
+def dtype_of(name):
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def average_arrays(folder, arrays, weights=None):
+    paths = [
+        write_hdf5(folder / f"{n}.weights.h5", {"vars/0": array}) for n, array in enumerate(arrays)
+    ]
+    average_files(paths, folder / "average.weights.h5", weights)
+    return read(folder / "average.weights.h5")["vars/0"]
+
+
+def read(path):
+    with open_weights(path) as weights:
+        return {name: variable.read() for name, variable in weights.variables.items()}
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+halves = st.floats(-60000, 60000, width=16)
+finite = st.sampled_from(DTYPES).flatmap(
+    lambda name: npst.arrays(
+        "float64" if name == "float64" else "float32",
+        st.integers(1, 9),
+        elements=floats if name == "float64" else halves,
+    ).map(lambda array: array.astype(dtype_of(name)))
+)
+relative_weights = st.lists(st.floats(0, 1e300, exclude_min=True), min_size=2, max_size=5)
+
+
+@settings(max_examples=60)
+@given(finite, relative_weights)
+def test_the_average_of_copies_is_the_original_bit_for_bit(folder, array, weights):
+    average = average_arrays(folder, [array] * len(weights), weights)
+    assert average.dtype == array.dtype
+    assert average.tobytes() == array.tobytes()
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(DTYPES), st.integers(2, 6), st.integers(0, 2**32 - 1), st.data())
+def test_the_average_is_the_weighted_sum_rounded_once(folder, dtype, count, seed, data):
+    generator = np.random.default_rng(seed)
+    scale = 10.0 ** generator.integers(-3, 4)
+    arrays = [(generator.normal(size=7) * scale).astype(dtype_of(dtype)) for _ in range(count)]
+    weights = data.draw(st.lists(st.floats(1e-3, 1e3), min_size=count, max_size=count))
+    average = average_arrays(folder, arrays, weights)
+    total = math.fsum(weights)
+    for i in range(7):
+        terms = [float(array[i]) * weight for array, weight in zip(arrays, weights, strict=True)]
+        exact = math.fsum(terms) / total
+        rounding = 8 * count * 2**-53 * max(abs(float(array[i])) for array in arrays)
+        bounds = np.array([exact - rounding, exact + rounding]).astype(dtype_of(dtype))
+        assert bounds[0] <= average[i] <= bounds[1]
+
+
+@settings(max_examples=40)
+@given(npst.arrays("float64", st.tuples(st.integers(2, 4), st.integers(1, 5)), elements=floats))
+def test_the_average_lies_between_the_smallest_and_the_largest(folder, arrays):
+    average = average_arrays(folder, arrays)
+    assert (np.min(arrays, axis=0) <= average).all()
+    assert (average <= np.max(arrays, axis=0)).all()
+
+
+def test_the_order_of_the_files_changes_a_uniform_average_by_rounding_only(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = [generator.normal(size=1000) for _ in range(4)]
+    averages = [average_arrays(tmp_path, order) for order in itertools.permutations(arrays)]
+    largest = np.abs(arrays).max(axis=0)
+    assert (np.ptp(averages, axis=0) <= 8 * 2**-53 * largest).all()
+
+
+def test_the_average_of_averages_is_the_average_of_all(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(-8, 8, 100).astype("float32") for _ in range(4)]
+    halves = [average_arrays(tmp_path, arrays[:2]), average_arrays(tmp_path, arrays[2:])]
+    np.testing.assert_array_equal(
+        average_arrays(tmp_path, halves), average_arrays(tmp_path, arrays)
+    )
+
+
+def test_a_tensor_of_many_parts_is_averaged_everywhere(tmp_path):
+    arrays = [np.arange(300_000, dtype="float32").reshape(3, 100_000) * n for n in (1, 3)]
+    np.testing.assert_array_equal(average_arrays(tmp_path, arrays), arrays[0] * 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (1, 1)])
+def test_tensors_of_one_or_no_number_are_averaged(tmp_path, dtype, shape):
+    arrays = [np.full(shape, n, dtype_of(dtype)) for n in (1, 4, 4)]
+    average = average_arrays(tmp_path, arrays)
+    assert (average.shape, average.dtype) == (shape, arrays[0].dtype)
+    assert (average == 3).all()
+
+
+@pytest.mark.parametrize("options", [{"chunks": (7, 2)}, {"compression": "gzip"}])
+def test_tensors_in_chunks_are_averaged(tmp_path, options):
+    tensors = [{"vars/0": np.full((700, 300), n, "float32")} for n in (1, 2)]
+    paths = [write_hdf5(tmp_path / f"{n}.weights.h5", t, **options) for n, t in enumerate(tensors)]
+    average_files(paths, tmp_path / "average.weights.h5")
+    np.testing.assert_array_equal(read(tmp_path / "average.weights.h5")["vars/0"], 1.5)
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_too_many_files_for_the_system_are_told(tmp_path, ending):
+    paths = [str(WRITERS[ending](tmp_path / f"{n}{ending}")) for n in range(40)]
+    program = f"""
+import resource
+from polyak_model.checkpoints import average_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+try:
+    average_files({paths}, 'average.weights.h5')
+except ValueError as error:
+    print(error)
+"""
+    assert "Raise the limit with ulimit -n" in run(program, tmp_path).stdout
+    assert not (tmp_path / "average.weights.h5").exists()
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_integers_are_the_last_files_and_the_optimizer_is_left_out(tmp_path, ending):
+    tensors = [
+        {
+            "layers/dense/vars/0": np.full(3, n, "float32"),
+            "layers/dropout/seed_generator/vars/0": np.array([n, n], "uint32"),
+            "layers/gate/vars/0": np.array([n == 2, True]),
+            "optimizer/vars/0": np.int64(n),
+            "optimizer/vars/1": np.full(3, n, "float32"),
+        }
+        for n in (0, 2)
+    ]
+    tensors[0].pop("optimizer/vars/1")
+    paths = [WRITERS[ending](tmp_path / f"{n}{ending}", t) for n, t in enumerate(tensors)]
+    result = average_files(paths, tmp_path / "average.weights.h5")
+    assert result.averaged == ["layers/dense/vars/0"]
+    assert result.copied == ["layers/dropout/seed_generator/vars/0", "layers/gate/vars/0"]
+    assert result.shares == [0.5, 0.5]
+    average = read(tmp_path / "average.weights.h5")
+    assert average.keys() == {*result.averaged, *result.copied}
+    np.testing.assert_array_equal(average["layers/dense/vars/0"], [1, 1, 1])
+    for name in result.copied:
+        np.testing.assert_array_equal(average[name], tensors[1][name], strict=True)
+
+
+def test_files_of_different_kinds_are_averaged(tmp_path):
+    paths = [writer(tmp_path / f"a{ending}") for ending, writer in WRITERS.items()]
+    average_files(paths, tmp_path / "average.weights.h5")
+    for name, array in read(tmp_path / "average.weights.h5").items():
+        assert array.tobytes() == TENSORS[name].tobytes()
+
+
+def test_groups_and_attributes_are_kept(tmp_path):
+    paths = [write_hdf5(tmp_path / f"{n}.weights.h5") for n in range(2)]
+    for path in paths:
+        with h5py.File(path, "a") as file:
+            file.create_group("layers/flatten/vars").attrs["name"] = "flatten"
+            file.attrs["texts"] = ["a", "b"]
+    average_files(paths, tmp_path / "average.weights.h5")
+    with open_weights(paths[1]) as last, open_weights(tmp_path / "average.weights.h5") as average:
+        kept = {n: a for n, a in last.attributes.items() if not n.startswith("optimizer")}
+        assert list(average.attributes.pop("")["texts"]) == list(kept.pop("")["texts"])
+        assert average.attributes == kept
+
+
+def test_a_keras_file_keeps_configuration_metadata_and_assets_of_the_last(tmp_path):
+    paths = [
+        write_keras(
+            tmp_path / f"{n}.keras",
+            config=CONFIG | {"number": n},
+            **{"assets/layers/lookup/vocabulary.txt": b"word %d" % n},
+        )
+        for n in range(2)
+    ]
+    average_files(paths, tmp_path / "average.keras")
+    with open_weights(tmp_path / "average.keras") as average:
+        assert average.config == CONFIG | {"number": 1, "compile_config": None}
+        assert average.archive.read("assets/layers/lookup/vocabulary.txt") == b"word 1"
+        assert len(average.archive.namelist()) == 4
+        assert all(i.compress_type == zipfile.ZIP_STORED for i in average.archive.infolist())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three epochs of a model as both kinds of file, with the weights of each."""
+    folder = tmp_path_factory.mktemp("trained")
+    keras.utils.set_random_seed(0)
+    lookup = keras.layers.StringLookup(vocabulary=["a", "b"])
+    words = keras.Input((1,), dtype="string")
+    numbers = keras.Input((4,))
+    joined = keras.layers.Concatenate()(
+        [keras.layers.Flatten()(keras.layers.Embedding(3, 2)(lookup(words))), numbers]
+    )
+    hidden = keras.layers.Dropout(0.1)(keras.layers.BatchNormalization()(joined))
+    outputs = keras.layers.Dense(2, dtype="float32")(keras.layers.Dense(3, "relu")(hidden))
+    model = keras.Model([words, numbers], outputs)
+    model.compile("adam", "mse", metrics=["mae"])
+    x = [tf.constant([["a"], ["b"], ["c"], ["a"]]), tf.random.uniform((4, 4))]
+    y = np.random.rand(4, 2)
+    weights = []
+    for epoch in range(3):
+        model.fit(x, y, verbose=0)
+        model.save(folder / f"{epoch}.keras")
+        model.save_weights(folder / f"{epoch}.weights.h5")
+        weights.append(model.get_weights())
+    return folder, model, x, weights
+
+
+def expected(weights, shares):
+    return [
+        sum(share * w.astype("float64") for share, w in zip(shares, ws, strict=True))
+        for ws in zip(*weights, strict=True)
+    ]
+
+
+def check_weights(model, weights, shares):
+    for name, received, wanted in zip(
+        [v.path for v in model.weights], model.get_weights(), expected(weights, shares), strict=True
+    ):
+        if "seed" not in name:
+            np.testing.assert_allclose(received, wanted, rtol=1.2e-7, atol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("shares", [[1 / 3] * 3, [1 / 6, 2 / 6, 3 / 6]])
+def test_keras_loads_the_model_without_a_warning_and_it_predicts_like_the_mean(trained, shares):
+    folder, model, x, weights = trained
+    average_files([folder / f"{n}.keras" for n in range(3)], folder / "average.keras", shares)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        average = keras.models.load_model(folder / "average.keras")
+        for compile_it in (True, False):
+            keras.models.load_model(folder / "average.keras", compile=compile_it)
+    check_weights(average, weights, shares)
+    model.set_weights(average.get_weights())
+    np.testing.assert_array_equal(average(x), model(x))
+    average.compile("adam", "mse")
+    average.fit(x, np.zeros((4, 2)), verbose=0)
+
+
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
+def test_keras_loads_the_weights(trained, ending):
+    folder, model, _, weights = trained
+    paths = [folder / f"{n}{ending}" for n in range(3)]
+    average_files(paths, folder / "average.weights.h5")
+    fresh = keras.Model.from_config(model.get_config())
+    fresh.load_weights(folder / "average.weights.h5")
+    check_weights(fresh, weights, [1 / 3] * 3)
+
+
+def test_refreshing_as_the_command_says_gives_the_statistics_of_all_batches(trained):
+    folder, *_ = trained
+    average_files([folder / f"{n}.keras" for n in range(3)], folder / "average.keras")
+    model = keras.models.load_model(folder / "average.keras")
+    layer = next(x for x in model.layers if isinstance(x, keras.layers.BatchNormalization))
+    inputs = keras.Model(model.inputs, layer.input)
+    batches = [
+        [tf.constant([["a"], ["b"]]), tf.random.stateless_normal((2, 4), [0, n])] for n in range(5)
+    ]
+    for i, batch in enumerate(batches):
+        layer.momentum = i / (i + 1)
+        model(batch, training=True)
+    means = [np.mean(inputs(batch), axis=0) for batch in batches]
+    variances = [np.var(inputs(batch), axis=0) for batch in batches]
+    np.testing.assert_allclose(layer.moving_mean, np.mean(means, axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        layer.moving_variance, np.mean(variances, axis=0), rtol=1e-5, atol=1e-6
+    )
+
+
+def check_refused(paths, output, problem, weights=None):
+    before = output.read_bytes() if output.is_file() else None
+    names = sorted(os.listdir(output.parent)) if output.parent.is_dir() else None
+    with pytest.raises(InputError) as caught:
+        average_files(paths, output, weights)
+    assert problem in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert (output.read_bytes() if output.is_file() else None) == before
+    assert names == (sorted(os.listdir(output.parent)) if output.parent.is_dir() else None)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exists", [False, True])
+def test_numbers_that_are_none_leave_the_output_as_it_was(tmp_path, value, dtype, exists):
+    arrays = [np.ones(70_000).astype(dtype_of(dtype)) for _ in range(3)]
+    arrays[1][69_999] = value
+    paths = [
+        write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array})
+        for n, array in enumerate(arrays)
+    ]
+    output = tmp_path / "average.weights.h5"
+    if exists:
+        output.write_text("kept")
+    for weights in (None, [1, 0, 1]):
+        check_refused(paths, output, "1.weights.h5': 'vars/0' holds numbers that are", weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ([1], "1 weights for 2 files"),
+        ([1, -1], "Received: -1"),
+        ([1, math.nan], "Received: nan"),
+        ([1, math.inf], "Received: inf"),
+        ([1, "2"], "Received: '2'"),
+        ([1, True], "Received: True"),
+        ([0, 0], "Received: only 0"),
+    ],
+)
+def test_weights_that_are_none_are_refused(tmp_path, weights, problem):
+    paths = [write_hdf5(tmp_path / f"{n}.weights.h5") for n in range(2)]
+    check_refused(paths, tmp_path / "average.weights.h5", problem, weights)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_files_are_refused(tmp_path, count):
+    paths = [write_hdf5(tmp_path / "0.weights.h5")][:count]
+    check_refused(paths, tmp_path / "average.weights.h5", "at least two files")
+
+
+def test_a_disk_that_is_full_leaves_the_output_as_it_was(tmp_path):
+    paths = [
+        WRITERS[ending](tmp_path / f"{n}{ending}", {"vars/0": np.ones(10**5)})
+        for ending in (".weights.h5", ".keras")
+        for n in range(2)
+    ]
+    program = f"""
+import resource, signal, sys
+from polyak_model.checkpoints import average_files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (100, 10_000, 500_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for start, ending in ((0, '.weights.h5'), (2, '.keras')):
+        try:
+            average_files({list(map(str, paths))}[start:start + 2], 'average' + ending)
+        except ValueError as error:
+            sys.stderr.write(str(error) + chr(10))
+"""
+    before = sorted(os.listdir(tmp_path))
+    lines = run(program, tmp_path).stderr.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("Cannot write 'average.") for line in lines)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def run(program, folder):
+    root = os.path.dirname(os.path.dirname(polyak_model.__file__))
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_little_memory_is_kept_for_each_of_many_files(tmp_path):
+    tensors = {f"layers/dense_{n}/vars/0": np.ones(2, "float32") for n in range(100)}
+    paths = [str(write_hdf5(tmp_path / f"{n}.weights.h5", tensors)) for n in range(40)]
+    program = f"""
+import re
+from polyak_model.checkpoints import average_files
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+average_files({paths[:2]}, 'average.weights.h5')
+before = peak()
+average_files({paths}, 'average.weights.h5')
+print((peak() - before) / 38)
+"""
+    kilobytes_for_each = float(run(program, tmp_path).stdout)
+    assert kilobytes_for_each < 500
+
+
+def test_memory_does_not_grow_with_the_files_nor_with_the_tensor(tmp_path):
+    array = np.random.default_rng(0).random(2 * 2**20, "float32")
+    paths = [write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array}) for n in range(6)]
+    program = f"""
+import tracemalloc
+from polyak_model.checkpoints import average_files
+paths = {list(map(str, paths))}
+average_files(paths[:2], 'average.weights.h5')
+tracemalloc.start()
+average_files(paths, 'average.weights.h5')
+print(tracemalloc.get_traced_memory()[1])
+"""
+    assert int(run(program, tmp_path).stdout) < 4 * 2**20 < array.nbytes
+
+
+def test_progress_is_told_up_to_the_end(tmp_path):
+    array = np.zeros(200_000, "float32")
+    paths = [
+        write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array, "vars/1": np.ones(2, "int8")})
+        for n in range(2)
+    ]
+    told = []
+    average_files(paths, tmp_path / "average.weights.h5", progress=told.append)
+    assert told == sorted(told)
+    assert len(told) > 2
+    assert told[-1] == 1
