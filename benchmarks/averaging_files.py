@@ -8,6 +8,7 @@ of a process that averages, less that of one that only imports NumPy and h5py.
 """
 
 import argparse
+import os
 import pathlib
 import statistics
 import subprocess
@@ -35,6 +36,7 @@ def main():
     parser.add_argument("--megabytes", type=int, default=400, help="of each file")
     parser.add_argument("--tensors", type=int, default=20, help="in each file")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from memory")
     parser.add_argument("--skip", choices=["time", "memory"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,7 @@ def main():
         output = pathlib.Path(folder, "output.weights.h5")
         print(f"{options.files} files of {options.megabytes} MB, {options.tensors} tensors each\n")
         if options.skip != "time":
-            measure_time(paths, output, options.repeats)
+            measure_time(paths, output, options.repeats, options.cold)
         if options.skip != "memory":
             measure_memory(paths, output)
 
@@ -59,11 +61,13 @@ def write_files(folder, options):
     return paths
 
 
-def measure_time(paths, output, repeats):
+def measure_time(paths, output, repeats, cold):
     """Prints the medians of copying and of averaging, measured in turns."""
     seconds = {"read all, write one": [], "average_files": []}
     for _ in range(repeats):
         for name, work in zip(seconds, (read_and_write, average_files), strict=True):
+            if cold:
+                forget(paths)
             begin = time.perf_counter()
             work(paths, output)
             seconds[name].append(time.perf_counter() - begin)
@@ -74,6 +78,14 @@ def measure_time(paths, output, repeats):
         median = statistics.median(times)
         print(f"{name:22}{median:9.2f}{total / median:12,.0f}{median / baseline:8.2f}")
     print()
+
+
+def forget(paths):
+    """Asks the system to drop its copies of files in memory."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_and_write(paths, output):

@@ -71,6 +71,9 @@ def _walk(root, source):
         inside = []
         for key in group:
             name = f"{prefix}/{key.decode()}".removeprefix("/")
+            # HDF5 would take it for a path, and follow the links on it.
+            if b"/" in key:
+                raise refusal(source, f"{name!r} has a name that is none")
             if not name.isprintable() or name.count("/") >= _DEEPEST:
                 raise refusal(source, "it has a group with unprintable text or too deep in others")
             if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:

@@ -429,3 +429,19 @@ def test_progress_is_told_up_to_the_end(tmp_path):
     assert told == sorted(told)
     assert len(told) > 2
     assert told[-1] == 1
+
+
+def test_the_benchmark_runs(tmp_path):
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks")
+    program = f"""
+import sys
+sys.path.insert(0, {script!r})
+sys.argv[1:] = "--files 2 --megabytes 1 --tensors 2 --repeats 1".split()
+import averaging_files
+averaging_files.main()
+"""
+    lines = run(program, tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("average_files")] == [
+        "average_files"
+    ] * 2
+    assert list(tmp_path.iterdir()) == []

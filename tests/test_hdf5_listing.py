@@ -163,6 +163,20 @@ def test_what_no_weight_file_holds_is_refused(tmp_path, monkeypatch, add, proble
     assert str(caught.value).isprintable()
 
 
+def test_a_name_that_is_a_path_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "group/link"
+    write_hdf5(tmp_path / "other.h5", {"vars/0": np.ones(3, "float32")})
+    path = tmp_path / "a.weights.h5"
+    plain = "x" * len(name)
+    with h5py.File(path, "w") as file:
+        file[plain] = np.ones(3, "float32")
+        file["group/link"] = h5py.ExternalLink("other.h5", "/vars/0")
+    path.write_bytes(path.read_bytes().replace(plain.encode(), name.encode()))
+    with pytest.raises(InputError, match="has a name that is none"), open_weights(path):
+        pass
+
+
 def test_a_file_with_a_block_of_its_own_in_front_is_refused(tmp_path):
     path = tmp_path / "a.weights.h5"
     with h5py.File(path, "w", userblock_size=512) as file:

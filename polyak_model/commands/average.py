@@ -65,7 +65,7 @@ def register(app):
             ),
         ] = "uniform",
         decay: typing.Annotated[
-            float | None, typer.Option(help="Of --rule exponential, in (0, 1).")
+            float | None, typer.Option(help="Of --rule exponential, in [0, 1).")
         ] = None,
         eta: typing.Annotated[
             float | None, typer.Option(help="Of --rule polynomial; 3 unless given.")
