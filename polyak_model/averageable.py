@@ -9,7 +9,11 @@ from polyak_model.weight_files import find_kind
 
 def is_optimizer_state(name):
     """Tells whether the group or variable of this name in a weight file is the optimizer's."""
-    return name.split("/")[0] == "optimizer"
+    parts = name.split("/")
+    # Below `layers` it would be a layer of that class.
+    return any(
+        a != "layers" and b == "optimizer" for a, b in zip(["", *parts], parts, strict=False)
+    )
 
 
 def check_kinds(paths, output):

@@ -14,6 +14,7 @@ from polyak_model.stored_variables import cut
 from polyak_model.weight_files import open_weights
 from polyak_model.weight_writers import create_groups, create_variable, created_weights
 from polyak_model.whole_files import written_whole
+from polyak_model.wrapper_files import find_wrappers
 
 # A float64 of each fits the cache of a processor core.
 _SLAB = 2**16
@@ -83,6 +84,7 @@ def average_files(paths, output, weights=None, progress=None):
     check_kinds(paths, output)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_weights(path)) for path in paths]
+        _check_plain(files)
         check_places(files, output)
         check_alike(files)
         result = _describe(files[-1], shares)
@@ -91,6 +93,16 @@ def average_files(paths, output, weights=None, progress=None):
             create_groups(target, {n: a for n, a in groups if not is_optimizer_state(n)})
             _fill(target, files, result, progress or (lambda share: None))
         return result
+
+
+def _check_plain(files):
+    for file in files:
+        if any(wrapper.path == "" for wrapper in find_wrappers(file)):
+            raise refusal(
+                file.path,
+                "it is the file of a PolyakModel, which holds two models",
+                "Extract the one to average: polyak-model extract FILE --contents average -o OUT",
+            )
 
 
 def _normalize(weights, count):
@@ -129,7 +141,7 @@ def _written(output):
         with written_whole(output) as partial:
             yield partial
     except OSError as error:
-        raise InputError(f"{error.strerror or error}.") from error
+        raise InputError(str(error.strerror or error)) from error
 
 
 def _fill(target, files, result, progress):

@@ -445,3 +445,15 @@ averaging_files.main()
         "average_files"
     ] * 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_of_a_polyak_model_is_refused_for_it_holds_two_models(tmp_path):
+    pair = [make_wrapper(tmp_path / name) for name in ("a.weights.h5", "b.weights.h5")]
+    with pytest.raises(InputError, match="a.weights.h5': it is the file of a PolyakModel.* Extract"):
+        average_files(pair, tmp_path / "out.weights.h5")
+    assert not (tmp_path / "out.weights.h5").exists()
+
+
+def make_wrapper(path):
+    groups = ("average_model/layers/dense", "layers/sequential/layers/dense", "layers/shadow")
+    return write_hdf5(path, {f"{group}/vars/0": np.zeros(2) for group in groups})
