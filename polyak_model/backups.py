@@ -12,8 +12,8 @@ import pathlib
 import keras
 from keras import tree
 
-from polyak_model.records import read_record, write_record
-from polyak_model.whole_files import written_whole
+from polyak_model.files.records import read_record, write_record
+from polyak_model.files.whole_files import written_whole
 
 
 class Backups:

@@ -10,10 +10,10 @@ import warnings
 import keras
 
 from polyak_model.arguments import check_choice, check_integer
+from polyak_model.files.records import read_record, write_record
+from polyak_model.files.whole_files import written_whole
 from polyak_model.model import PolyakModel
-from polyak_model.records import read_record, write_record
 from polyak_model.stored import size_in_file
-from polyak_model.whole_files import written_whole
 
 CONTENTS = ("average", "raw", "both")
 

@@ -7,14 +7,19 @@ import math
 import numpy as np
 
 from polyak_model.arguments import InputError, is_number
-from polyak_model.averageable import check_alike, check_kinds, check_places, is_optimizer_state
-from polyak_model.batch_statistics import find_batch_statistics
-from polyak_model.refusals import refusal
-from polyak_model.stored_variables import cut
-from polyak_model.weight_files import open_weights
-from polyak_model.weight_writers import create_groups, create_variable, created_weights
-from polyak_model.whole_files import written_whole
-from polyak_model.wrapper_files import find_wrappers
+from polyak_model.files.averageable import (
+    check_alike,
+    check_kinds,
+    check_places,
+    is_optimizer_state,
+)
+from polyak_model.files.batch_statistics import find_batch_statistics
+from polyak_model.files.refusals import refusal
+from polyak_model.files.stored_variables import cut
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.weight_writers import create_groups, create_variable, created_weights
+from polyak_model.files.whole_files import written_whole
+from polyak_model.files.wrapper_files import find_wrappers
 
 # A float64 of each fits the cache of a processor core.
 _SLAB = 2**16

@@ -8,8 +8,8 @@ import keras
 from keras import tree
 
 from polyak_model.arguments import InputError
-from polyak_model.refusals import in_one_line, refusal
-from polyak_model.safe_configs import check_config
+from polyak_model.files.refusals import in_one_line, refusal
+from polyak_model.files.safe_configs import check_config
 
 
 def load_model(path, config):

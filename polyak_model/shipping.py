@@ -9,8 +9,8 @@ import keras
 from keras import tree
 from keras.src.models import Functional
 
+from polyak_model.files.whole_files import folder_written_whole, written_whole
 from polyak_model.probing import input_specs
-from polyak_model.whole_files import folder_written_whole, written_whole
 
 _SAVED_MODEL = ("assets", "fingerprint.pb", "saved_model.pb", "variables")
 _WRITING = {

@@ -11,8 +11,8 @@ import numpy as np
 from polyak_model import backend, descriptions
 from polyak_model.arguments import InputError
 from polyak_model.backups import Backups
-from polyak_model.weight_files import open_weights
-from polyak_model.whole_files import written_whole
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.whole_files import written_whole
 
 
 class StoredModel(keras.Model):

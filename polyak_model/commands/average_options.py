@@ -4,7 +4,7 @@ import os
 
 from polyak_model import closed_forms
 from polyak_model.arguments import InputError
-from polyak_model.choosing_files import choose_best, choose_last, list_folder
+from polyak_model.files.choosing_files import choose_best, choose_last, list_folder
 
 _RULES = {
     "uniform": (closed_forms.uniform, None, None),

@@ -3,10 +3,10 @@
 import pathlib
 import typing
 
-from polyak_model import extraction
 from polyak_model.arguments import InputError
 from polyak_model.commands.output_files import check_output, told_in_one_line
-from polyak_model.weight_files import find_kind, open_weights
+from polyak_model.files import extraction
+from polyak_model.files.weight_files import find_kind, open_weights
 
 
 def register(app):

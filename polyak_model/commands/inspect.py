@@ -4,11 +4,11 @@ import math
 import pathlib
 import typing
 
-from polyak_model import inspection
-from polyak_model.refusals import in_one_line
-from polyak_model.text_tables import format_table, printable
-from polyak_model.weight_files import open_weights
-from polyak_model.wrapper_files import find_wrappers, read_rule, read_step
+from polyak_model.commands.text_tables import format_table, printable
+from polyak_model.files import inspection
+from polyak_model.files.refusals import in_one_line
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.wrapper_files import find_wrappers, read_rule, read_step
 
 
 def register(app):

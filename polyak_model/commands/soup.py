@@ -5,15 +5,15 @@ import pathlib
 import typing
 
 from polyak_model.arguments import InputError
-from polyak_model.averageable import check_alike, check_places
-from polyak_model.batch_statistics import find_batch_statistics
 from polyak_model.commands.output_files import check_output, told_in_one_line
-from polyak_model.held_out import load_held_out
+from polyak_model.commands.text_tables import format_table
+from polyak_model.files.averageable import check_alike, check_places
+from polyak_model.files.batch_statistics import find_batch_statistics
+from polyak_model.files.held_out import load_held_out
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.whole_files import written_whole
+from polyak_model.files.wrapper_files import find_wrappers
 from polyak_model.soups import MODES, greedy_soup
-from polyak_model.text_tables import format_table
-from polyak_model.weight_files import open_weights
-from polyak_model.whole_files import written_whole
-from polyak_model.wrapper_files import find_wrappers
 
 ENDINGS = (".weights.h5", ".keras")
 BATCH_SIZE = 32

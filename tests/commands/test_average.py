@@ -11,7 +11,7 @@ from weight_samples import WRITERS, write_hdf5, write_keras
 
 import polyak_model
 from polyak_model import cli
-from polyak_model.weight_files import open_weights
+from polyak_model.files.weight_files import open_weights
 
 pytestmark = pytest.mark.without_keras
 HISTORY = "epoch,loss,val_loss\n0,3,0.5\n1,2,0.3\n2,1,0.4\n"

@@ -96,6 +96,6 @@ def test_a_file_that_cannot_be_written_is_told_in_one_line(refused, monkeypatch,
     def fail(*arguments):
         raise failure
 
-    monkeypatch.setattr("polyak_model.extraction.create_groups", fail)
+    monkeypatch.setattr("polyak_model.files.extraction.create_groups", fail)
     line = refused("extract", "wrapper.keras", "-o", "out.keras")
     assert str(failure.args[-1]) in line

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from polyak_model.arguments import InputError
-from polyak_model.arrays import ArraysError, read_arrays
+from polyak_model.files.arrays import ArraysError, read_arrays
 
 _EXAMPLE = "numpy.savez(file, x=inputs, y=targets)"
 

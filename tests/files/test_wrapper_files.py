@@ -8,8 +8,8 @@ import pytest
 from wrappers import KINDS, RULE, describe, make_wrapper, save_all
 
 from polyak_model.arguments import InputError
-from polyak_model.weight_files import open_weights
-from polyak_model.wrapper_files import Wrapper, find_wrappers, read_rule, read_step
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.wrapper_files import Wrapper, find_wrappers, read_rule, read_step
 
 GROUPS = {"sequential": "sequential", "functional": "functional", "nested": "functional"}
 

@@ -8,8 +8,8 @@ import zipfile
 import h5py
 import numpy as np
 
-from polyak_model.archives import CONFIG, METADATA, WEIGHTS, copy_member, list_assets
-from polyak_model.refusals import in_one_line
+from polyak_model.files.archives import CONFIG, METADATA, WEIGHTS, copy_member, list_assets
+from polyak_model.files.refusals import in_one_line
 
 _BLOCK = 2**20
 

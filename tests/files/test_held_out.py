@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from polyak_model.arguments import InputError
-from polyak_model.held_out import load_held_out
+from polyak_model.files.held_out import load_held_out
 
 X, Y = np.arange(6.0).reshape(3, 2), np.arange(3)
 

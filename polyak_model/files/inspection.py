@@ -5,8 +5,8 @@ import typing
 
 import numpy as np
 
-from polyak_model.refusals import refusal
-from polyak_model.stored_variables import cut
+from polyak_model.files.refusals import refusal
+from polyak_model.files.stored_variables import cut
 
 BLOCK = 2**20
 
@@ -46,7 +46,7 @@ def list_variables(weights, group=""):
 
     Example:
 
-    >>> from polyak_model.weight_files import WeightFile
+    >>> from polyak_model.files.weight_files import WeightFile
     >>> file = {"layers/dense/vars/0": 1, "optimizer/vars/0": 2, "layers/optimizer_net/vars/0": 3}
     >>> list_variables(WeightFile("a.weights.h5", ".weights.h5", file, {}))
     ({'layers/dense/vars/0': 1, 'layers/optimizer_net/vars/0': 3}, {'optimizer/vars/0': 2})

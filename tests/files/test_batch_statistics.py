@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from weight_samples import CONFIG, write_hdf5, write_keras
 
-from polyak_model.batch_statistics import find_batch_statistics
-from polyak_model.weight_files import open_weights
+from polyak_model.files.batch_statistics import find_batch_statistics
+from polyak_model.files.weight_files import open_weights
 
 
 def find(path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from polyak_model.whole_files import folder_written_whole, written_whole
+from polyak_model.files.whole_files import folder_written_whole, written_whole
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_link_keeps_pointing_at_the_file_which_is_replaced(path):
 
 WRITE_UNTIL_KILLED = """
 import os, signal, sys
-from polyak_model.whole_files import folder_written_whole, written_whole
+from polyak_model.files.whole_files import folder_written_whole, written_whole
 with written_whole(sys.argv[1]) as partial:
     partial.write_text("new")
     if sys.argv[2] == "killed":

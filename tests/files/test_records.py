@@ -4,7 +4,7 @@ import h5py
 import keras
 import pytest
 
-from polyak_model.records import read_record, write_record
+from polyak_model.files.records import read_record, write_record
 
 RECORD = {"score": 0.1 + 0.2, "epoch": 3}
 

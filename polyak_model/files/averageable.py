@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from polyak_model.arguments import InputError
-from polyak_model.weight_files import find_kind
+from polyak_model.files.weight_files import find_kind
 
 
 def is_optimizer_state(name):

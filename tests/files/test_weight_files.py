@@ -12,7 +12,7 @@ import pytest
 from weight_samples import CONFIG, METADATA, TENSORS, WRITERS, write_hdf5, write_shards
 
 from polyak_model.arguments import InputError
-from polyak_model.weight_files import ENDINGS, find_kind, open_weights
+from polyak_model.files.weight_files import ENDINGS, find_kind, open_weights
 
 pytestmark = pytest.mark.without_keras
 
@@ -105,11 +105,11 @@ def test_an_error_of_the_caller_is_not_mistaken_for_damage(tmp_path):
 def test_reading_imports_no_keras(tmp_path):
     write_hdf5(tmp_path / "a.weights.h5")
     program = (
-        "import sys; from polyak_model.weight_files import open_weights\n"
+        "import sys; from polyak_model.files.weight_files import open_weights\n"
         "with open_weights('a.weights.h5') as w: [v.read() for v in w.variables.values()]\n"
         "print({'keras', 'tensorflow'} & set(sys.modules))"
     )
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,

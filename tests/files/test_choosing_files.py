@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyak_model.arguments import InputError
-from polyak_model.choosing_files import choose_best, choose_last, in_order, list_folder
+from polyak_model.files.choosing_files import choose_best, choose_last, in_order, list_folder
 
 pytestmark = pytest.mark.without_keras
 HISTORY = "epoch,loss,val_loss\n0,3,0.5\n1,2,0.3\n2,1.5,NA\n3,1,0.4\n4,0.5,0.4\n"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak_model.guarded_files import GuardedFile
+from polyak_model.files.guarded_files import GuardedFile
 
 pytestmark = pytest.mark.without_keras
 

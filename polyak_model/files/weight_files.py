@@ -8,7 +8,7 @@ import stat
 
 import h5py
 
-from polyak_model.archives import (
+from polyak_model.files.archives import (
     CONFIG,
     METADATA,
     WEIGHTS,
@@ -17,9 +17,9 @@ from polyak_model.archives import (
     parse_json,
     read_json,
 )
-from polyak_model.guarded_files import GuardedFile
-from polyak_model.hdf5_listing import list_variables
-from polyak_model.refusals import DAMAGE, in_one_line, refusal, system_error
+from polyak_model.files.guarded_files import GuardedFile
+from polyak_model.files.hdf5_listing import list_variables
+from polyak_model.files.refusals import DAMAGE, in_one_line, refusal, system_error
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
 _LONGEST_MAP = 32 * 2**20

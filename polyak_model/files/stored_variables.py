@@ -7,7 +7,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from polyak_model.refusals import DAMAGE, in_one_line, refusal
+from polyak_model.files.refusals import DAMAGE, in_one_line, refusal
 
 
 class Part(typing.NamedTuple):

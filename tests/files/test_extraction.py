@@ -7,8 +7,8 @@ import pytest
 from wrappers import INPUTS, KINDS, TARGETS, make_wrapper, save_all
 
 from polyak_model.arguments import InputError
-from polyak_model.extraction import CONTENTS, extract
-from polyak_model.weight_files import open_weights
+from polyak_model.files.extraction import CONTENTS, extract
+from polyak_model.files.weight_files import open_weights
 
 ROUTES = [(kind, contents) for kind in KINDS for contents in CONTENTS]
 

@@ -8,13 +8,13 @@ import zlib
 
 import numpy as np
 
-from polyak_model.archives import CONFIG, METADATA, WEIGHTS, copy_member
-from polyak_model.inspection import BLOCK
-from polyak_model.refusals import in_one_line, refusal
-from polyak_model.stored_variables import cut
-from polyak_model.weight_writers import create_groups, create_variable, created_weights
-from polyak_model.whole_files import written_whole
-from polyak_model.wrapper_files import find_wrappers
+from polyak_model.files.archives import CONFIG, METADATA, WEIGHTS, copy_member
+from polyak_model.files.inspection import BLOCK
+from polyak_model.files.refusals import in_one_line, refusal
+from polyak_model.files.stored_variables import cut
+from polyak_model.files.weight_writers import create_groups, create_variable, created_weights
+from polyak_model.files.whole_files import written_whole
+from polyak_model.files.wrapper_files import find_wrappers
 
 CONTENTS = ("average", "raw")
 _ASSETS = "assets"

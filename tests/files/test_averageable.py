@@ -5,8 +5,8 @@ import pytest
 from weight_samples import TENSORS, WRITERS, write_hdf5, write_keras, write_shards
 
 from polyak_model.arguments import InputError
-from polyak_model.averageable import is_optimizer_state
 from polyak_model.checkpoints import average_files
+from polyak_model.files.averageable import is_optimizer_state
 
 pytestmark = pytest.mark.without_keras
 

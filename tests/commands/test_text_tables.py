@@ -1,4 +1,4 @@
-from polyak_model.text_tables import format_table
+from polyak_model.commands.text_tables import format_table
 
 
 def test_a_table_has_a_line_for_each_row_whatever_the_names_hold():

@@ -3,8 +3,8 @@
 import re
 import typing
 
-from polyak_model.archives import parse_json
-from polyak_model.refusals import refusal
+from polyak_model.files.archives import parse_json
+from polyak_model.files.refusals import refusal
 
 AVERAGE = "average_model"
 _STATE_NAME = re.compile(r"shadow(_\d+)?")
@@ -39,7 +39,7 @@ def find_wrappers(weights):
 
     Example:
 
-    >>> from polyak_model.weight_files import WeightFile
+    >>> from polyak_model.files.weight_files import WeightFile
     >>> groups = dict.fromkeys(["", "average_model", "layers/dense_net", "layers/shadow"], {})
     >>> find_wrappers(WeightFile("a.weights.h5", ".weights.h5", {}, groups))
     [Wrapper(path='', average='average_model', raw='layers/dense_net', state='layers/shadow')]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weight_samples import write_hdf5
 
-from polyak_model.stored_variables import cut
-from polyak_model.weight_files import open_weights
+from polyak_model.files.stored_variables import cut
+from polyak_model.files.weight_files import open_weights
 
 pytestmark = pytest.mark.without_keras
 

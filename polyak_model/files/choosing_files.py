@@ -7,8 +7,8 @@ import pathlib
 import re
 
 from polyak_model.arguments import InputError
-from polyak_model.refusals import in_one_line
-from polyak_model.weight_files import ENDINGS
+from polyak_model.files.refusals import in_one_line
+from polyak_model.files.weight_files import ENDINGS
 
 _NUMBER = re.compile(r"([0-9]+)")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from wrappers import KINDS, save_all
 
-from polyak_model import inspection
 from polyak_model.arguments import InputError
-from polyak_model.inspection import Distance, list_variables, measure_distances, measure_total
-from polyak_model.weight_files import open_weights
-from polyak_model.wrapper_files import find_wrappers
+from polyak_model.files import inspection
+from polyak_model.files.inspection import Distance, list_variables, measure_distances, measure_total
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.wrapper_files import find_wrappers
 
 
 @pytest.fixture(autouse=True)

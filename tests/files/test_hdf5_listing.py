@@ -4,7 +4,7 @@ import pytest
 from weight_samples import write_hdf5
 
 from polyak_model.arguments import InputError
-from polyak_model.weight_files import open_weights
+from polyak_model.files.weight_files import open_weights
 
 pytestmark = pytest.mark.without_keras
 

@@ -5,7 +5,8 @@ import zipfile
 import pytest
 from weight_samples import write_keras
 
-from polyak_model.archives import (
+from polyak_model.arguments import InputError
+from polyak_model.files.archives import (
     copy_member,
     list_assets,
     open_archive,
@@ -13,7 +14,6 @@ from polyak_model.archives import (
     parse_json,
     read_json,
 )
-from polyak_model.arguments import InputError
 
 pytestmark = pytest.mark.without_keras
 

@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 
 from polyak_model.arguments import InputError
-from polyak_model.refusals import DAMAGE, in_one_line, refusal
-from polyak_model.stored_variables import Variable
+from polyak_model.files.refusals import DAMAGE, in_one_line, refusal
+from polyak_model.files.stored_variables import Variable
 
 _NUMBERS = {"bool", "float16", "float32", "float64"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from weight_samples import TENSORS, WRITERS, write_hdf5
 
-from polyak_model.weight_files import open_weights
-from polyak_model.weight_writers import create_groups, create_variable, created_weights
+from polyak_model.files.weight_files import open_weights
+from polyak_model.files.weight_writers import create_groups, create_variable, created_weights
 
 pytestmark = pytest.mark.without_keras
 

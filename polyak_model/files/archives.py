@@ -9,8 +9,8 @@ import zipfile
 import zlib
 
 from polyak_model.arguments import InputError
-from polyak_model.guarded_files import GuardedFile
-from polyak_model.refusals import in_one_line, refusal, system_error
+from polyak_model.files.guarded_files import GuardedFile
+from polyak_model.files.refusals import in_one_line, refusal, system_error
 
 WEIGHTS = "model.weights.h5"
 CONFIG = "config.json"

@@ -1,7 +1,7 @@
 import pytest
 
 from polyak_model.arguments import InputError
-from polyak_model.safe_configs import check_config
+from polyak_model.files.safe_configs import check_config
 
 DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}}
 

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from polyak_model.arrays import ArraysError, read_arrays
+from polyak_model.files.arrays import ArraysError, read_arrays
 
 EXAMPLE = "numpy.savez(file, x=x)"
 
