@@ -28,7 +28,7 @@ def main(arguments=None):
 
 
 def _run(arguments):
-    require("typer")
+    require("typer", "cli")
     import typer
 
     # Click's class in older versions of typer, typer's own in newer ones.

@@ -147,12 +147,14 @@ def test_a_folder_that_may_not_be_written_to_is_refused(refused, monkeypatch):
     assert "may not be written to" in refused("demo", "--output", "results")
 
 
-@pytest.mark.parametrize("module", ["typer", "mlxtend", "matplotlib"])
-def test_a_missing_dependency_is_named_with_its_remedy(refused, monkeypatch, module):
+@pytest.mark.parametrize(
+    ("module", "extra"), [("typer", "cli"), ("mlxtend", "demo"), ("matplotlib", "demo")]
+)
+def test_a_missing_dependency_is_named_with_its_remedy(refused, monkeypatch, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     line = refused("demo")
     assert repr(module) in line
-    assert 'pip install "polyak_model[demo]"' in line
+    assert f'pip install "polyak_model[{extra}]"' in line
 
 
 def test_own_images_need_no_mlxtend(images, monkeypatch, capfd):

@@ -1,3 +1,4 @@
+import os
 import pathlib
 import re
 import subprocess
@@ -10,6 +11,7 @@ from polyak_model import ExponentialAverage, PolynomialAverage, PowerAverage, Un
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+(COMMANDS,) = re.findall(r"<!-- file commands -->\n```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 CHECKS = """
@@ -19,7 +21,8 @@ print("all ran")
 """
 
 
-def test_every_python_block_runs_after_those_before_it(tmp_path):
+@pytest.mark.slow
+def test_every_python_block_runs_after_those_before_it_and_then_the_commands(tmp_path):
     assert len(BLOCKS) >= 4
     script = "\n".join([*BLOCKS, CHECKS])
     # In a process of its own: its strategy would get into the way of those of other tests.
@@ -30,6 +33,17 @@ def test_every_python_block_runs_after_those_before_it(tmp_path):
     assert done.stdout.strip().endswith("all ran")
     assert (tmp_path / "average.keras").exists()
     assert (tmp_path / "teacher.keras").exists()
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", COMMANDS],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for output in re.findall(r"-o (\S+)", COMMANDS):
+        assert (tmp_path / output).exists()
 
 
 def test_runnable_code_stands_before_line_35():

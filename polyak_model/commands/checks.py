@@ -7,11 +7,12 @@ import pathlib
 from polyak_model.arguments import InputError
 
 
-def require(module):
+def require(module, extra):
     """Checks that an optional dependency can be imported.
 
     Args:
         module: Its name.
+        extra: The extra of this package that installs it.
 
     Raises:
         InputError: If it cannot.
@@ -21,7 +22,7 @@ def require(module):
     except ImportError as error:
         raise InputError(
             f"This command needs the package {module!r}, which cannot be imported ({error}). "
-            'Install what it needs: pip install "polyak_model[demo]"'
+            f'Install what it needs: pip install "polyak_model[{extra}]"'
         ) from error
 
 

