@@ -232,6 +232,38 @@ def test_law_5_several_steps_per_execution_give_what_single_ones_give(batches):
     assert_identical(models[0].average_model.get_weights(), models[1].average_model.get_weights())
 
 
+# Law 6
+
+
+def state(model):
+    """Everything that training goes on from, the seeds of dropout included."""
+    variables = [*model.variables, *model.average_model.variables, *model.optimizer.variables]
+    return [model.average_step, *(variable.numpy() for variable in variables)]
+
+
+def test_law_6_save_load_continue_gives_what_never_stopping_gives(batches, tmp_path):
+    def make():
+        inner = compile_classifier(make_classifier())
+        return PolyakModel(inner, closed_forms.RULES["late-and-rare"], compensated=True)
+
+    def fit(model):
+        model.fit(*batches, batch_size=16, shuffle=False, verbose=0)
+        return model
+
+    never_stopped = fit(make())
+    never_stopped.save(tmp_path / "model.keras")
+    never_stopped.save_weights(tmp_path / "model.weights.h5")
+    saved = state(never_stopped)
+    expected = state(fit(never_stopped))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    filled = make()
+    filled.load_weights(tmp_path / "model.weights.h5")
+    for model in (loaded, filled):
+        assert model.shadow.rule == never_stopped.shadow.rule
+        assert_identical(state(model), saved)
+        assert_identical(state(fit(model)), expected)
+
+
 # Law 7
 
 
