@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -16,6 +17,9 @@ tf.config.set_logical_device_configuration(
 # A first call compiles and the machine may be busy: the time of one example says nothing.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
+
+# Clearing Keras collects garbage, and need not look through TensorFlow each time.
+gc.freeze()
 
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
 
