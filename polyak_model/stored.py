@@ -83,7 +83,7 @@ class StoredModel(keras.Model):
                 model is as before.
         """
         self._check_built("load_weights")
-        if "://" not in str(filepath) and os.path.exists(filepath):
+        if os.path.isfile(filepath):
             self._check_file(filepath, skip_mismatch)
         with self._unchanged_on_failure():
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)

@@ -120,11 +120,17 @@ def test_batches_are_counted_across_epochs(fit, tmp_path):
     assert names(tmp_path) == ["2-1.weights.h5", "3-2.weights.h5", "5-1.weights.h5"]
 
 
-def test_batches_that_run_in_one_execution_are_counted_all(fit, tmp_path):
+def test_batches_that_run_in_one_execution_are_counted_as_keras_counts_them(fit, tmp_path):
     inner = compile_classifier(make_classifier(), "sgd", steps_per_execution=2)
-    callback = AverageCheckpoint(tmp_path / "{epoch}.weights.h5", save_freq=4)
-    fit(PolyakModel(inner), callback, epochs=4)
-    assert names(tmp_path) == ["2.weights.h5", "4.weights.h5"]
+    path = tmp_path / "{epoch}.weights.h5"
+    theirs = tmp_path / "keras" / path.name
+    fit(
+        PolyakModel(inner),
+        AverageCheckpoint(path, save_freq=4),
+        keras.callbacks.ModelCheckpoint(theirs, save_freq=4, save_weights_only=True),
+    )
+    assert "4.weights.h5" in names(theirs.parent)
+    assert names(tmp_path) == [*names(theirs.parent), "keras"]
 
 
 def test_only_the_last_files_of_this_training_and_this_callback_are_kept(fit, tmp_path):

@@ -185,7 +185,11 @@ def make_small():
 
 
 def write_files():
-    """Writes the files of the present format; call it once, when the format is new."""
+    """Writes the files of the present format.
+
+    Call it once, when the format is new, under the oldest Keras, which cannot load what newer ones
+    save.
+    """
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
     model = make_small()
