@@ -19,7 +19,7 @@ from polyak_model.files.stored_variables import cut
 from polyak_model.files.weight_files import open_weights
 from polyak_model.files.weight_writers import create_groups, create_variable, created_weights
 from polyak_model.files.whole_files import written_whole
-from polyak_model.files.wrapper_files import find_wrappers
+from polyak_model.files.wrapper_files import check_plain
 
 # A float64 of each fits the cache of a processor core.
 _SLAB = 2**16
@@ -89,7 +89,7 @@ def average_files(paths, output, weights=None, progress=None):
     check_kinds(paths, output)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_weights(path)) for path in paths]
-        _check_plain(files)
+        check_plain(files)
         check_places(files, output)
         check_alike(files)
         result = _describe(files[-1], shares)
@@ -98,16 +98,6 @@ def average_files(paths, output, weights=None, progress=None):
             create_groups(target, {n: a for n, a in groups if not is_optimizer_state(n)})
             _fill(target, files, result, progress or (lambda share: None))
         return result
-
-
-def _check_plain(files):
-    for file in files:
-        if any(wrapper.path == "" for wrapper in find_wrappers(file)):
-            raise refusal(
-                file.path,
-                "it is the file of a PolyakModel, which holds two models",
-                "Extract the one to average: polyak-model extract FILE --contents average -o OUT",
-            )
 
 
 def _normalize(weights, count):

@@ -98,12 +98,13 @@ def check_weights(description, weights):
             raise ValueError(
                 f"The file holds another architecture: its weight '{path}' has shape "
                 f"{tuple(shape)}, where the model has '{weight.path}' of shape "
-                f"{tuple(weight.shape)}."
+                f"{tuple(weight.shape)}. Build the model as it was when it was saved."
             )
     if len(described) != len(weights):
         parameters = sum(math.prod(shape) for _, shape, _ in described)
         raise ValueError(
             f"The file holds another architecture: {len(described)} weights with {parameters:,} "
             f"parameters, where the model has {len(weights)} with "
-            f"{sum(math.prod(weight.shape) for weight in weights):,}."
+            f"{sum(math.prod(weight.shape) for weight in weights):,}. Build the model as it was "
+            "when it was saved."
         )

@@ -449,7 +449,7 @@ averaging_files.main()
 
 def test_the_file_of_a_polyak_model_is_refused_for_it_holds_two_models(tmp_path):
     pair = [make_wrapper(tmp_path / name) for name in ("a.weights.h5", "b.weights.h5")]
-    with pytest.raises(InputError, match="it is the file of a PolyakModel.* Extract"):
+    with pytest.raises(InputError, match="it is the file of a PolyakModel.* polyak-model extract"):
         average_files(pair, tmp_path / "out.weights.h5")
     assert not (tmp_path / "out.weights.h5").exists()
 

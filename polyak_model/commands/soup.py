@@ -12,7 +12,7 @@ from polyak_model.files.batch_statistics import find_batch_statistics
 from polyak_model.files.held_out import load_held_out
 from polyak_model.files.weight_files import open_weights
 from polyak_model.files.whole_files import written_whole
-from polyak_model.files.wrapper_files import find_wrappers
+from polyak_model.files.wrapper_files import check_plain
 from polyak_model.soups import MODES, greedy_soup
 
 ENDINGS = (".weights.h5", ".keras")
@@ -175,12 +175,7 @@ def check_files(model, candidates, output):
         _check_ending(path, "CANDIDATES", ENDINGS)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_weights(path)) for path in (model, *candidates)]
-        for file in files:
-            if any(not wrapper.path for wrapper in find_wrappers(file)):
-                raise InputError(
-                    f"Cannot use {str(file.path)!r}: it is of a PolyakModel, which is two models. "
-                    "Take one of them out first: polyak-model extract."
-                )
+        check_plain(files)
         check_places(files[1:], output)
         check_alike(files)
         return files[0].config, bool(find_batch_statistics(files[0]))

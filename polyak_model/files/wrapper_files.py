@@ -56,6 +56,21 @@ def find_wrappers(weights):
     return sorted(found)
 
 
+def check_plain(files):
+    """Raises `InputError` if one of the files is of a PolyakModel, which is two models.
+
+    Args:
+        files: `WeightFile`s.
+    """
+    for file in files:
+        if any(not wrapper.path for wrapper in find_wrappers(file)):
+            raise refusal(
+                file.path,
+                "it is the file of a PolyakModel, which is two models",
+                "Take one of them out first: polyak-model extract FILE --contents average -o OUT",
+            )
+
+
 def join(path, name):
     """Returns the path of a group inside another, "" being the outermost.
 

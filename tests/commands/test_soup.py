@@ -102,7 +102,10 @@ def test_statistics_of_batches_are_to_be_refreshed(run):
         (["model.keras", "none.keras", *OPTIONS], "'none.keras': the system says: No such file"),
         (["model.keras", "a.keras", "./a.keras", *OPTIONS], "Two of the files are the same one"),
         (["model.keras", "a.keras", "other.keras", *OPTIONS], "'other.keras'"),
-        (["model.keras", "wrapper.keras", *OPTIONS], "it is of a PolyakModel, which is two models"),
+        (
+            ["model.keras", "wrapper.keras", *OPTIONS],
+            "the file of a PolyakModel, which is two models",
+        ),
         (
             ["wrapper.keras", "a.keras", *OPTIONS],
             "Take one of them out first: polyak-model extract",
