@@ -1,8 +1,11 @@
 """Averages of weight files: tensor by tensor, in float64, without Keras."""
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
+import threading
 
 import numpy as np
 
@@ -21,8 +24,10 @@ from polyak_model.files.weight_writers import create_groups, create_variable, cr
 from polyak_model.files.whole_files import written_whole
 from polyak_model.files.wrapper_files import check_plain
 
-# A float64 of each fits the cache of a processor core.
-_SLAB = 2**16
+# Larger ones take more memory, and smaller ones more time for Python than for the sums.
+_SLAB = 2**18
+# One reads while the other adds.
+_THREADS = 2
 
 
 @dataclasses.dataclass
@@ -147,22 +152,53 @@ def _fill(target, files, result, progress):
             write(part.index, last[name].read(part))
     total = max(1, sum(last[name].nbytes for name in result.averaged))
     done = 0
-    for name in result.averaged:
-        write = create_variable(target, last[name])
-        sources = [file.variables[name] for file in files]
-        for part in cut(last[name].shape, _SLAB):
-            average = _average(sources, result.shares, part)
-            write(part.index, average)
-            done += average.nbytes
-            progress(done / total)
+    slabs = _Slabs()
+    jobs = (
+        (slabs, [file.variables[name] for file in files], result.shares, part)
+        for name in result.averaged
+        for part in cut(last[name].shape, _SLAB)
+    )
+    written = None
+    for (_, sources, _, part), average in _in_order(_average, jobs):
+        if sources[-1] is not written:
+            written = sources[-1]
+            write = create_variable(target, written)
+        write(part.index, average)
+        done += average.nbytes
+        progress(done / total)
+
+
+class _Slabs(threading.local):
+    """What a thread computes in, part after part: new memory would cost more than the sums."""
+
+    def __init__(self):
+        self._total, self._term = np.empty(_SLAB), np.empty(_SLAB)
+
+    def of_shape(self, shape):
+        """Returns two float64 arrays of a shape."""
+        size = math.prod(shape)
+        return self._total[:size].reshape(shape), self._term[:size].reshape(shape)
+
+
+def _in_order(function, jobs):
+    """Yields each job with what a function makes of it, in threads, a few jobs ahead."""
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        for job in jobs:
+            waiting.append((job, threads.submit(function, *job)))
+            if len(waiting) > _THREADS:
+                job, future = waiting.popleft()
+                yield job, future.result()
+        for job, future in waiting:
+            yield job, future.result()
 
 
 # What is infinite is found at the end, and what only became so is brought back by the bounds.
 @np.errstate(over="ignore", invalid="ignore")
-def _average(sources, shares, part):
+def _average(slabs, sources, shares, part):
     """Returns the average of a part of a tensor, in its dtype."""
     array = sources[0].read(part)
-    total, term = np.empty(part.shape), np.empty(part.shape)
+    total, term = slabs.of_shape(part.shape)
     np.multiply(array, shares[0], out=total, dtype="float64")
     # A float64 may exceed what it is the mean of by a rounding; others are rounded afterwards.
     bounds = (array, array) if array.dtype == np.float64 else None

@@ -404,7 +404,7 @@ print((peak() - before) / 38)
 
 
 def test_memory_does_not_grow_with_the_files_nor_with_the_tensor(tmp_path):
-    array = np.random.default_rng(0).random(2 * 2**20, "float32")
+    array = np.random.default_rng(0).random(2**23, "float32")
     paths = [write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array}) for n in range(6)]
     program = f"""
 import tracemalloc
@@ -415,11 +415,11 @@ tracemalloc.start()
 average_files(paths, 'average.weights.h5')
 print(tracemalloc.get_traced_memory()[1])
 """
-    assert int(run(program, tmp_path).stdout) < 4 * 2**20 < array.nbytes
+    assert int(run(program, tmp_path).stdout) < 20 * 2**20 < array.nbytes
 
 
 def test_progress_is_told_up_to_the_end(tmp_path):
-    array = np.zeros(200_000, "float32")
+    array = np.zeros(600_000, "float32")
     paths = [
         write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array, "vars/1": np.ones(2, "int8")})
         for n in range(2)

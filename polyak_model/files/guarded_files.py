@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 
 _HEAP = struct.Struct("<4sB3xQ")
 _OBJECT = struct.Struct("<HH4xQ")
@@ -26,6 +27,7 @@ class GuardedFile(io.RawIOBase):
         self._offset = offset
         self._size = file.seek(0, io.SEEK_END) - offset if size is None else size
         self._position = 0
+        self._turn = threading.Lock()
 
     @property
     def size(self):
@@ -52,7 +54,7 @@ class GuardedFile(io.RawIOBase):
         return len(buffer)
 
     def read_at(self, position, buffer):
-        """Fills a buffer with the bytes from a position on.
+        """Fills a buffer with the bytes from a position on; threads may do so at once.
 
         Args:
             position: Of the first byte, from the beginning of the part.
@@ -63,8 +65,10 @@ class GuardedFile(io.RawIOBase):
         """
         if len(buffer) > self._size - position:
             raise OSError(f"it ends before byte {position + len(buffer):,}")
-        self._file.seek(self._offset + position)
-        if self._file.readinto(buffer) != len(buffer):
+        with self._turn:
+            self._file.seek(self._offset + position)
+            count = self._file.readinto(buffer)
+        if count != len(buffer):
             raise OSError("it was cut off while it was read")
 
     def _check_heap(self, start):
