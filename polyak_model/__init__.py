@@ -17,6 +17,7 @@ if typing.TYPE_CHECKING:
         UniformAverage,
         rescale_decay,
     )
+    from polyak_model.statistics import refresh_statistics
 
 __all__ = [
     "AverageCheckpoint",
@@ -26,11 +27,13 @@ __all__ = [
     "PowerAverage",
     "Rule",
     "UniformAverage",
+    "refresh_statistics",
     "rescale_decay",
 ]
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
     "PolyakModel": "polyak_model.model",
+    "refresh_statistics": "polyak_model.statistics",
 }
 
 

@@ -212,6 +212,24 @@ def _is_empty_table(layer):
     return isinstance(layer, kinds) and not layer.get_vocabulary(include_special_tokens=False)
 
 
+def untrained_weights(model):
+    """Returns the weights of a model that no optimizer would train, frozen or not.
+
+    Args:
+        model: A `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    >>> model.trainable = False
+    >>> [weight.name for weight in untrained_weights(model)]
+    ['moving_mean', 'moving_variance']
+    """
+    # A layer that is frozen marks all its weights untrainable, so `weight.trainable` does not
+    # tell a moving mean from a frozen kernel; where the layer tracks them does.
+    return [v for layer in model._flatten_layers() for v in layer._non_trainable_variables]
+
+
 def seed_states(model):
     """Returns the variables of a model's random generators, which Keras leaves out of files.
 

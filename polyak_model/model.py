@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from polyak_model import backend, cloning, descriptions, probing, rules
+from polyak_model import backend, cloning, descriptions, probing, rules, statistics
 from polyak_model.arguments import check_choice
 from polyak_model.ensemble import check_combine
 from polyak_model.replicas import check_compilation, check_method, check_placement
@@ -202,6 +202,53 @@ class PolyakModel(RoutedModel):
         self._check_built("apply_average")
         self.shadow.follow()
         self.shadow.apply()
+
+    def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto"):
+        """Recomputes the statistics of BatchNormalization in the average model by a pass over data.
+
+        What is computed, and how, `polyak_model.statistics.refresh_statistics`
+        tells. Layers that are frozen in the raw model keep theirs. Training
+        further moves them again, as `non_trainable` says; so do it before the
+        average is evaluated or saved.
+
+        Args:
+            data: Training inputs, of any kind that `predict` takes, with targets
+                or without.
+            steps: Int, how many batches to take. Defaults to None: all.
+            batch_size: Int, examples per batch of arrays. Defaults to None: 32.
+            verbose: `"auto"`, 0 for silence, 1 for a progress bar or 2 for a
+                line.
+
+        Raises:
+            ValueError: If averaging has not begun, or `data` is empty or leads to
+                statistics that are infinite or not a number. The old statistics
+                stand then.
+
+        Example:
+
+        >>> import numpy as np
+        >>> layers = [keras.Input((3,)), keras.layers.Dense(2), keras.layers.BatchNormalization()]
+        >>> model = PolyakModel(keras.Sequential(layers), average=0.9)
+        >>> model.compile(optimizer="sgd", loss="mse")
+        >>> x, y = np.random.rand(8, 3), np.random.rand(8, 2)
+        >>> history = model.fit(x, y, verbose=0)
+        >>> model.refresh_statistics(x, verbose=0)
+        """
+        self._check_built("refresh_statistics")
+        self.shadow.follow()
+        if not self.shadow.begun():
+            raise ValueError(
+                "`refresh_statistics()` needs an average. Received: a model whose average still "
+                f"mirrors the raw weights, after {self.average_step} optimizer steps of more than "
+                f"{self.shadow.rule.start_step}. Train it first."
+            )
+        average = self.shadow.model
+        layers = statistics.find_layers(average, trained=self.raw_model)
+        if layers:
+            settings = {"batch_size": batch_size, "verbose": verbose}
+            self.shadow.replace(statistics.measure(average, layers, data, steps, **settings))
+        elif verbose:
+            print(statistics.nothing_to_refresh(self.raw_model))
 
     def compile(self, *args, **kwargs):
         """Compiles the raw model, and the other routes for evaluation.

@@ -78,7 +78,7 @@ def pair(raw, model, add_beside, copies_statistics, compensated):
     """
     cloning.check_disjoint(raw, model)
     pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, model))
-    moving = _non_trainable_weights(model)
+    moving = {id(v) for v in cloning.untrained_weights(model)}
     averaged, rounded, mirrored, copied, learned = [], [], [], [], []
     for average, w in pairs:
         average.trainable = False
@@ -107,9 +107,3 @@ def pair(raw, model, add_beside, copies_statistics, compensated):
     ]
     groups = (averaged, rounded, mirrored, copied, penalized, learned, apart)
     return Partners(raw, pairs, *map(tuple, groups))
-
-
-def _non_trainable_weights(model):
-    # A layer that is frozen marks all its weights untrainable, so `weight.trainable` does not
-    # tell a moving mean from a frozen kernel; where the layer tracks them does.
-    return {id(v) for layer in model._flatten_layers() for v in layer._non_trainable_variables}

@@ -129,6 +129,24 @@ class Shadow(keras.layers.Layer):
             for variable in residual:
                 variable.assign(ops.zeros_like(variable))
 
+    def replace(self, values):
+        """Replaces entries of the average, as if it had come to them by itself.
+
+        Args:
+            values: Iterable of pairs `(weight of the average model, value)`.
+        """
+        originals = {id(average): original for average, original in self._partners.rounded}
+        residuals = {id(average): rest for average, _, *rest in self._partners.averaged}
+        for average, value in values:
+            original = originals.get(id(average), average)
+            backend.assign([(average, value), (original, value)])
+            for residual in residuals.get(id(original), ()):
+                residual.assign(ops.zeros_like(residual))
+
+    def begun(self):
+        """Tells whether averaging has begun; until then the average mirrors the raw weights."""
+        return self.steps() > self.rule.start_step
+
     def update(self, stepped=True, may_skip=False):
         """Takes one step of averaging.
 
@@ -175,7 +193,7 @@ class Shadow(keras.layers.Layer):
             return
         if backend.replicas() == 1:
             with backend.lift():
-                if not self.follows() and self.steps() <= self.rule.start_step:
+                if not self.follows() and not self.begun():
                     self.mirror()
         self.absorb(training)
 

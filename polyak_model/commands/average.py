@@ -12,9 +12,8 @@ from polyak_model.commands.average_options import choose_files, choose_weights, 
 _PATIENCE_SECONDS = 2
 _REFRESH = (
     "BatchNormalization: the averaged statistics of {layers} do not fit the averaged weights. "
-    "Refresh them: load the model and, for batch i = 0, 1, ... of the training data, set "
-    "`momentum = i / (i + 1)` on each BatchNormalization layer and call "
-    "`model(batch, training=True)`."
+    "Refresh them: load the model and call `polyak_model.refresh_statistics(model, data)` with "
+    "training data."
 )
 
 

@@ -116,7 +116,7 @@ def test_batch_normalization_is_told_in_one_line(tmp_path, monkeypatch, capfd, e
         "BatchNormalization: the averaged statistics of layers/batch_normalization_0, "
         "layers/batch_normalization_1 and 2 more do not fit"
     )
-    assert "`momentum = i / (i + 1)`" in lines[-1]
+    assert "`polyak_model.refresh_statistics(model, data)`" in lines[-1]
 
 
 @pytest.mark.parametrize(
