@@ -147,9 +147,9 @@ def estimates(scores, sign="-"):
     Example:
 
     >>> estimates([[94.0, 0.2], [96.0, 0.3]])
-    ['95.00 ± 1.00', '0.250 ± 0.050']
+    ['95.00 ± 1.00', '0.2500 ± 0.0500']
     """
-    columns = zip(*mean_and_error(scores), (2, 3), strict=True)
+    columns = zip(*mean_and_error(scores), (2, 4), strict=True)
     return [f"{mean:{sign}.{n}f} ± {error:.{n}f}" for mean, error, n in columns]
 
 

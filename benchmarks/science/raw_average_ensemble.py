@@ -110,7 +110,9 @@ def draw(path, scores):
         scores: As in `table_rows`.
     """
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    panels = figure.subplots(len(mnist.METRICS), len(scores), sharex=True, sharey="row")
+    panels = figure.subplots(
+        len(mnist.METRICS), len(scores), sharex=True, sharey="row", squeeze=False
+    )
     for column, ((schedule, share), runs) in zip(panels.T, scores.items(), strict=True):
         column[0].set_title(f"{schedule} rate, {share:.0%} random labels", loc="left", fontsize=10)
         column[-1].set_xlabel("epoch")
