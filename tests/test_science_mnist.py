@@ -109,7 +109,9 @@ def test_raw_average_ensemble_prints_what_a_hand_made_computation_gives(
     sizes = ["--seed", "3", "--seeds", "2", "--epochs", "1", "--images", "100"]
     script.main([*sizes, "--plot", str(plot), "--json", str(numbers)])
 
-    (runs,) = json.loads(numbers.read_text()).values()
+    written = json.loads(numbers.read_text())
+    runs = written["runs"]["cosine rate, 40% random labels"]
+    assert written["seeds"] == [3, 4]
     training, (x, y) = mnist.load(3, 0.4, 100)
     model = PolyakModel(mnist.build_model("cosine", script.RATE, 3, 3), 0.5 ** (1 / 3))
     model.fit(*training, batch_size=32, verbose=0)
@@ -193,3 +195,20 @@ def test_constant_or_cosine_shows_held_out_scores_at_the_rate_that_validation_ch
         ]
         assert rates[by_likelihood] in row[4:]
         assert measured(held_out[by_likelihood, :, m])[1] in row[5:]
+
+
+@pytest.mark.parametrize("budgets", [["2", "1"], ["1", "1"], ["0"]])
+def test_budgets_that_do_not_rise_are_refused(budgets, capsys):
+    import constant_or_cosine as script
+
+    with pytest.raises(SystemExit):
+        script.main(["--budgets", *budgets])
+    assert "must rise" in capsys.readouterr().err
+
+
+def test_a_single_seed_is_refused_since_it_has_no_standard_error(capsys):
+    import raw_average_ensemble as script
+
+    with pytest.raises(SystemExit):
+        script.main(["--seeds", "1"])
+    assert "at least 2 seeds" in capsys.readouterr().err

@@ -12,8 +12,8 @@ seeds; 1,000 others are held out for the scores shown. The memories of the avera
 are not tuned: a half-life of one epoch, and the power-function average as it comes.
 All runs of a seed share the split, the initial weights and the order; differences
 are within a seed, and their standard errors are over the seeds. With
-`--random-labels` a share of the labels learned is random, those held out are true;
-the 800 are then as noisy as the 3,200.
+`--random-labels 0.4` a share of the labels learned is random, those held out are
+true; the 800 are then as noisy as the 3,200.
 
 Source: Sandler et al. 2023, Training trajectories, mini-batch losses and the
 curious role of the learning rate; Hägele et al. 2024, Scaling laws and
@@ -48,6 +48,8 @@ def main(arguments=None):
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak rates")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="epochs, rising")
     options = parser.parse_args(arguments)
+    if any(end <= begin for begin, end in itertools.pairwise([0, *options.budgets])):
+        parser.error(f"--budgets must rise from at least 1 epoch. Received: {options.budgets}")
     seeds = range(options.seed, options.seed + options.seeds)
     scores = np.array(
         [
@@ -57,7 +59,8 @@ def main(arguments=None):
     )
     scores = scores.reshape(len(options.rates), len(seeds), *scores.shape[1:])
     validation, held_out = np.moveaxis(scores, -2, 0)
-    print(f"{options.seeds} seeds, {options.random_labels:.0%} random labels\n\nAt equal rates\n")
+    print(f"{options.seeds} seeds, {options.random_labels:.0%} random labels\n")
+    print("At equal rates\n")
     print(equal_rates_table(held_out, options.rates, options.budgets))
     print("\nEach at its best rate, chosen on images that are not the held-out ones\n")
     print(best_rates_table(validation, held_out, options.rates, options.budgets))
