@@ -1,7 +1,5 @@
 """Statistics of BatchNormalization, measured against two passes of NumPy in float64."""
 
-import itertools
-
 import keras
 import numpy as np
 import pytest
@@ -336,26 +334,24 @@ def test_under_a_strategy_every_replica_gets_the_statistics(strategy, batches):
             assert_close([expected], [copy.numpy()], ulps=2)
 
 
-def test_a_uniform_average_needs_averaged_and_better_refreshed_statistics():
+def test_a_noisy_uniform_average_needs_averaged_and_better_refreshed_statistics():
     x, y = load_images()
     order = np.random.default_rng(0).permutation(len(x))
     x, y = x.reshape(len(x), -1)[order], y[order]
     accuracy = {}
     for non_trainable in ("copy", "average"):
         keras.utils.set_random_seed(0)
-        hidden = [[layers.Dense(n), layers.BatchNormalization(), layers.ReLU()] for n in (256, 128)]
-        inner = keras.Sequential([keras.Input((784,)), *itertools.chain(*hidden), layers.Dense(10)])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        inner.compile(keras.optimizers.SGD(0.5), loss, metrics=["accuracy"])
+        inner = keras.Sequential([keras.Input((784,))])
+        for units in (256, 128):
+            inner.add(layers.Dense(units, activation="relu"))
+            inner.add(layers.BatchNormalization())
+        inner.add(layers.Dense(10, activation="softmax"))
+        loss = "sparse_categorical_crossentropy"
+        inner.compile(keras.optimizers.SGD(0.5), loss, metrics=["accuracy"], jit_compile=False)
         model = PolyakModel(inner, UniformAverage(), non_trainable=non_trainable)
-        model.fit(x[:4000], y[:4000], batch_size=32, epochs=4, verbose=0)
-
-        def score(using, model=model):
-            return model.evaluate(x[4000:], y[4000:], verbose=0, return_dict=True, using=using)
-
-        accuracy[non_trainable] = score("average")["accuracy"]
-    accuracy["raw"] = score("raw")["accuracy"]
-    model.refresh_statistics(x[:4000], verbose=0)
-    accuracy["refreshed"] = score("average")["accuracy"]
-    print(accuracy)
-    assert accuracy["copy"] + 0.02 < accuracy["average"] < accuracy["refreshed"] - 0.02
+        model.fit(x[:4000], y[:4000], batch_size=4, verbose=0)
+        accuracy[non_trainable] = model.evaluate(x[4000:], y[4000:], verbose=0)[1]
+    model.refresh_statistics(x[:4000], batch_size=1000, verbose=0)
+    refreshed = model.evaluate(x[4000:], y[4000:], verbose=0)[1]
+    print(accuracy, refreshed)
+    assert accuracy["copy"] + 0.05 < accuracy["average"] < refreshed - 0.05
