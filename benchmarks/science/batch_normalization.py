@@ -42,7 +42,7 @@ def main():
 def parse():
     parser = mnist.parser(__doc__.splitlines()[0], seeds=5, plot="batch_normalization.png")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8, 32])
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=0.5)
     return parser.parse_args()
 
