@@ -13,9 +13,11 @@ definition 1.2). Two statements, of which the first is exact:
    average with decay**kappa of every kappa-th iterate.
 
 2. Dynamics. On a quadratic of curvature lambda, with the same examples in the same
-   order, iterates and averages agree up to an error proportional to
-   kappa * gamma * lambda: it is the linear scaling of the learning rate that is
-   approximate, (1 - gamma * lambda)**kappa against 1 - kappa * gamma * lambda.
+   order, the averages agree up to an error proportional to kappa * gamma * lambda, for
+   two reasons. The linear scaling of the learning rate is itself approximate,
+   1 - kappa * gamma * lambda against (1 - gamma * lambda)**kappa; and the average sees
+   of each kappa small steps only where they end, as one with `update_every=kappa` of
+   the small batch does, which is in the table to tell the two apart.
 
 Against it stands the same large batch with the decay kept: its half-life in examples
 is kappa times as long, so that the average lags kappa times as far behind.
@@ -24,10 +26,10 @@ is kappa times as long, so that the average lags kappa times as far behind.
 import argparse
 import math
 import pathlib
-from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
+from batches import Variant, profile_differences, variants
 from trajectories import COLOURS, shares, style, trajectories
 
 from polyak_model import ExponentialAverage, rescale_decay
@@ -80,93 +82,42 @@ def follow(path, rule):
     return trajectories(lambda _, t: path[t - 1], np.zeros(path.shape[1]), [rule], steps, steps)
 
 
-def profile(rate, decay, ratio, examples):
-    """Solves for the mean and the variance of the average over the examples seen.
-
-    The iterate starts at 1 on a quadratic with its minimum at 0; the average,
-    debiased, has no share in the start.
+def simulate(noise, ratio, rules, every):
+    """Returns averages of each chain after every so many examples.
 
     Args:
-        rate: Float, gamma * lambda of the small batch, which is one example.
-        decay: Float, of the batch at hand.
-        ratio: Int, how many examples are in the batch at hand.
-        examples: Int, how many in all.
-
-    Returns:
-        Two arrays with an entry per step.
-    """
-    a = 1 - rate * ratio
-    noise = rate**2 * ratio
-    weight = ExponentialAverage(decay).weight(np.arange(1, examples // ratio + 1))
-    mean_raw = mean_average = 1.0
-    var_raw = covariance = var_average = 0.0
-    means, variances = np.zeros_like(weight), np.zeros_like(weight)
-    for i, c in enumerate(weight):
-        mean_raw *= a
-        mean_average += c * (mean_raw - mean_average)
-        var_raw = a**2 * var_raw + noise
-        with_old = a * covariance
-        covariance = (1 - c) * with_old + c * var_raw
-        var_average = (1 - c) ** 2 * var_average + 2 * c * (1 - c) * with_old + c**2 * var_raw
-        means[i], variances[i] = mean_average, var_average
-    return means, variances
-
-
-def profile_difference(rate, decay, ratio, new_decay, examples):
-    """Compares mean and variance with those of the small batch at the same examples.
-
-    Args:
-        rate: Float, gamma * lambda of the small batch.
-        decay: Float, of the small batch.
-        ratio: Int, kappa.
-        new_decay: Float, of the large batch.
-        examples: Int.
-
-    Returns:
-        Two floats: the largest difference of the means, the start being 1; and
-        the largest difference of the variances, relative to the largest.
-    """
-    mean, variance = (p[ratio - 1 :: ratio] for p in profile(rate, decay, 1, examples))
-    new_mean, new_variance = profile(rate, new_decay, ratio, examples)
-    return (
-        np.abs(new_mean - mean).max(),
-        np.abs(new_variance - variance).max() / variance.max(),
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A way to train on the same examples: how many at once, with which decay."""
-
-    name: str
-    ratio: int
-    decay: float
-
-
-def simulate(noise, batch, every):
-    """Returns the average of each chain after every so many examples.
-
-    Args:
-        noise: Array (examples, chains), what each example adds to the optimum.
-        batch: A `Batch`.
+        noise: Array (examples, chains), where the loss of each example is least.
+        ratio: Int, how many examples are in a batch.
+        rules: List of rules.
         every: Int, examples between two reports.
+
+    Returns:
+        Array (rules, reports, chains).
     """
     examples, chains = noise.shape
-    target = tf.constant(noise.reshape(-1, batch.ratio, chains).mean(axis=1))
-    step_size = RATE * batch.ratio
-    return np.stack(
-        [
-            average
-            for _, _, (average,) in trajectories(
-                lambda iterate, t: iterate - step_size * (iterate - target[t - 1]),
-                np.ones(chains),
-                [ExponentialAverage(batch.decay)],
-                examples // batch.ratio,
-                every // batch.ratio,
-                f"{batch.name}, {batch.ratio} examples at once",
-            )
-        ]
+    target = tf.constant(noise.reshape(-1, ratio, chains).mean(axis=1))
+    reports = trajectories(
+        lambda iterate, t: iterate - RATE * ratio * (iterate - target[t - 1]),
+        np.ones(chains),
+        rules,
+        examples // ratio,
+        every // ratio,
+        f"{ratio} examples at once",
     )
+    return np.stack([averages for _, _, averages in reports], axis=1)
+
+
+def simulate_all(noise, every):
+    """Returns the averages of the small batch, and a list of (variant, its averages)."""
+    rare = [ExponentialAverage(DECAY, update_every=ratio) for ratio in RATIOS]
+    base, *rares = simulate(noise, 1, [ExponentialAverage(DECAY), *rare], every)
+    simulated = []
+    for ratio, averages in zip(RATIOS, rares, strict=True):
+        first, *others = variants(DECAY, ratio)
+        rules = [ExponentialAverage(variant.decay) for variant in others]
+        simulated.append((first, averages))
+        simulated.extend(zip(others, simulate(noise, ratio, rules, every), strict=True))
+    return base, simulated
 
 
 def memory_rows():
@@ -189,20 +140,21 @@ def memory_rows():
     return rows
 
 
-def dynamics_row(batch, averages, base, every):
+def dynamics_row(variant, averages, base, every):
     """Returns a row of the second table: statement 2, by theory and measured.
 
     Args:
-        batch: A `Batch`.
-        averages: Array (reports, chains), of this batch.
+        variant: A `Variant`.
+        averages: Array (reports, chains), of this variant.
         base: The same of the small batch.
         every: Int, examples between two reports.
     """
     reports, chains = base.shape
-    examples = reports * every
-    mean, variance = (p[every - 1 :: every] for p in profile(RATE, DECAY, 1, examples))
-    at = slice(every // batch.ratio - 1, None, every // batch.ratio)
-    new_mean, new_variance = (p[at] for p in profile(RATE, batch.decay, batch.ratio, examples))
+    small = Variant("small", 1, DECAY)
+    (mean, variance), (new_mean, new_variance) = (
+        [p[every // v.ratio - 1 :: every // v.ratio] for p in v.profile(RATE, reports * every)]
+        for v in (small, variant)
+    )
     worst = np.abs(new_mean - mean).argmax()
     lag = averages[worst] - base[worst]
     square, new_square = ((x[-1] - x[-1].mean()) ** 2 for x in (base, averages))
@@ -210,11 +162,11 @@ def dynamics_row(batch, averages, base, every):
     ratio_error = (new_square - ratio * square).std(ddof=1) / square.mean() / chains**0.5
     apart = ((averages - base)[reports // 2 :] ** 2).mean() ** 0.5
     return [
-        batch.name,
-        f"{batch.ratio}",
-        f"{RATE * batch.ratio:g}",
-        f"{(new_mean - mean)[worst]:+.4f}",
-        f"{lag.mean():+.4f} ± {lag.std(ddof=1) / chains**0.5:.4f}",
+        variant.name,
+        f"{variant.ratio}",
+        f"{(new_mean - mean)[worst]:+.5f}",
+        f"{lag.mean():+.5f} ± {lag.std(ddof=1) / chains**0.5:.5f}",
+        f"{new_mean[-1]:.5f}",
         f"{new_variance[-1] / variance[-1]:.4f}",
         f"{ratio:.4f} ± {ratio_error:.4f}",
         f"{apart / variance[-1] ** 0.5:.3f}",
@@ -224,19 +176,14 @@ def dynamics_row(batch, averages, base, every):
 def order_rows(ratio):
     """Returns the rows of the third table: the error of statement 2 over the rate."""
     rows = []
-    for rate in RATES:
-        decay, examples = 1 - rate / 5, int(round(40 / rate))
-        rescaled = profile_difference(rate, decay, ratio, rescale_decay(decay, ratio), examples)
-        kept = profile_difference(rate, decay, ratio, decay, examples)
-        small = rate * ratio
-        rows.append(
-            [
-                f"{small:g}",
-                *(f"{difference:.5f}" for difference in rescaled),
-                *(f"{difference / small:.3f}" for difference in rescaled),
-                *(f"{difference:.3f}" for difference in kept),
-            ]
-        )
+    for name in ("update_every", "rescaled", "kept"):
+        for rate in RATES:
+            decay = 1 - rate / 5
+            (variant,) = (v for v in variants(decay, ratio) if v.name == name)
+            differences = profile_differences(variant, rate, decay, round(40 / rate))
+            small = rate * ratio
+            over = [f"{difference / small:.3f}" for difference in differences]
+            rows.append([name, f"{small:g}", *(f"{d:.5f}" for d in differences), *over])
     return rows
 
 
@@ -245,21 +192,20 @@ def draw(path, simulated, every):
 
     Args:
         path: Where to, a .png file.
-        simulated: List of tuples of a `Batch` and its averages.
+        simulated: List of tuples of a `Variant` and its averages.
         every: Int, examples between two reports.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for (batch, averages), colour in zip(simulated, COLOURS, strict=False):
+    for (variant, averages), colour in zip(simulated, COLOURS, strict=False):
         reports = every * np.arange(1, len(averages) + 1)
-        exact = profile(RATE, batch.decay, batch.ratio, reports[-1])
-        seen = batch.ratio * np.arange(1, len(exact[0]) + 1)
+        exact = variant.profile(RATE, reports[-1])
+        seen = variant.ratio * np.arange(1, len(exact[0]) + 1)
         measured = averages.mean(axis=1), averages.var(axis=1, ddof=1)
-        label = f"{batch.ratio} at once, {batch.name}" if batch.ratio > 1 else "1 at once"
         for panel, line, dots in zip(panels, exact, measured, strict=True):
-            panel.plot(seen, line, color=colour, label=label)
+            panel.plot(seen, line, color=colour, label=f"{variant.ratio} at once, {variant.name}")
             panel.plot(reports, dots, color=colour, marker="o", markersize=3, linestyle="")
     for panel, title in zip(panels, ("Mean", "Variance"), strict=True):
         style(panel, f"{title} of the average", "examples seen")
@@ -282,27 +228,31 @@ def main():
 
     every = 256
     noise = np.random.default_rng(options.seed).normal(size=(options.examples, options.chains))
-    base = simulate(noise, Batch("small batch", 1, DECAY), every)
-    simulated = []
-    for ratio in RATIOS:
-        for name, decay in (("rescaled", rescale_decay(DECAY, ratio)), ("kept", DECAY)):
-            batch = Batch(name, ratio, decay)
-            simulated.append((batch, simulate(noise, batch, every)))
+    base, simulated = simulate_all(noise, every)
     print(
         f"\n2. Dynamics, approximate: gamma lambda {RATE}, decay {DECAY}, from 1 down to 0, "
-        "against the small batch at the same examples\n"
+        "against the small batch at the same examples, ± one standard error\n"
     )
-    header = ["decay", "kappa", "kappa gamma lambda", "mean differs by", "measured"]
+    header = ["decay", "kappa", "mean differs by", "measured", "mean at the end"]
     header += ["variance ratio", "measured", "paths differ by, in sd"]
     print(format_table(header, [dynamics_row(*pair, base, every) for pair in simulated]))
     print(
         "\nThe error of 2 is of first order: kappa 8, memory of the average five times the "
-        "iterate's\n"
+        "iterate's; largest differences of the means and of the variances, that of the last "
+        "variances, and the same over kappa gamma lambda\n"
     )
-    header = ["kappa gamma lambda", "mean", "variance", "mean / rate", "variance / rate"]
-    header += ["mean, kept", "variance, kept"]
-    print(format_table(header, order_rows(8), left=0))
-    draw(options.plot, [(Batch("small batch", 1, DECAY), base), *simulated[-2:]], every)
+    header = [
+        "decay",
+        "kappa gamma lambda",
+        "mean",
+        "variance",
+        "last",
+        "mean/",
+        "variance/",
+        "last/",
+    ]
+    print(format_table(header, order_rows(8)))
+    draw(options.plot, [(Variant("decay as it is", 1, DECAY), base), *simulated[-2:]], every)
     print(f"\nWrote {options.plot}")
 
 

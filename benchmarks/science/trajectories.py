@@ -69,6 +69,9 @@ def trajectories(take_step, start, rules, steps, every, label=None):
                 backend.move([(average, iterate)], schedule[i, j])
 
     schedule = np.stack([weights(rule, steps) for rule in rules], axis=1)
+    descend = descend.get_concrete_function(
+        tf.TensorSpec([], "int64"), tf.TensorSpec([every, len(rules)], "float64")
+    )
     for done in range(0, steps, every):
         descend(tf.constant(done + 1, "int64"), tf.constant(schedule[done : done + every]))
         if label:
