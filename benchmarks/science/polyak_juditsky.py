@@ -5,15 +5,17 @@
 With steps gamma_0 * t**-0.6, H the Hessian and S the covariance of the gradients
 at the optimum, the covariance of the uniform average of n iterates approaches
 V / n with V = H^-1 S H^-1, that of the last iterate gamma_n * Sigma with
-H Sigma + Sigma H = S (Polyak & Juditsky 1992, theorem 2; Fabian 1968). The average
-of the last half has twice V / n, and polynomial-decay averaging with eta has
+H Sigma + Sigma H = S (Polyak & Juditsky 1992, Acceleration of stochastic approximation
+by averaging; Fabian 1968, On asymptotic normality in stochastic approximation). The
+average of the last half has twice V / n, and polynomial-decay averaging with eta has
 (eta + 1)**2 / (2 * eta + 1) times V / n, the integral of its squared profile.
 
 The choices, made beforehand: gamma_0 = 1 / (2 * the largest eigenvalue of H), so
-that with five standard normal inputs SGD contracts in mean square from the third
-step on (gamma_t < 2 / (tr H + 2 * lambda_max)); the descent starts at 0, one unit
-from the optimum. The noise of the linear regression has the variance
-(1 + x_1**2) / 2, so that S is no multiple of H.
+that the linear regression on five standard normal inputs contracts in mean square from
+the third step on (gamma_t < 2 / (tr H + 2 * lambda_max)); the descent starts at 0, one
+unit from the optimum. The noise of the linear regression has the variance
+(1 + x_1**2) / 2, so that S is no multiple of H. All problems draw from the same seed,
+so that their deviations go together.
 
 The columns `this n` are theory for this many steps: the linear recursion
 e += -gamma_t * (H e - noise) with noise of covariance S, summed exactly; and for the
