@@ -102,6 +102,22 @@ def test_theory_of_so_many_steps_meets_the_targets_and_fails_for_short_runs(prob
     assert polynomial / (16 / 7) < 0.8
 
 
+@BY_NAME
+def test_estimates_of_covariance_v_over_n_are_measured_as_efficient_unbiased_and_covered(problem):
+    steps, generator = 1000, np.random.default_rng(0)
+    errors = generator.multivariate_normal(np.zeros(5), problem.covariance / steps, size=20_000)
+    ratio, error = polyak_juditsky.efficiency(problem, steps, errors)
+    assert error < 0.01
+    assert abs(ratio - 1) < 3 * error
+    share, error = polyak_juditsky.mean_and_error(polyak_juditsky.covered(problem, steps, errors))
+    assert (np.abs(share - 0.95) < 4 * error).all()
+    shift = 0.1 * np.sqrt(np.diag(problem.covariance) / steps)
+    for sample, exact in ((errors, 0), (errors + shift, 0.01)):
+        square, error = polyak_juditsky.bias(problem, steps, sample)
+        assert error < 0.002
+        assert abs(square - exact) < 3 * error
+
+
 @pytest.mark.parametrize("setting", variance_law.SETTINGS)
 def test_the_variance_law_is_what_the_shares_of_the_rule_add_up_to(setting):
     steps = 30 * setting.memory
