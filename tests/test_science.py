@@ -176,3 +176,18 @@ def test_the_rescaled_decay_errs_in_first_order_and_the_kept_one_however_small_t
     np.testing.assert_allclose(rescaled, 0.5, rtol=0.04)
     np.testing.assert_allclose(rare, [0.5, 0.5, 0.25], rtol=0.06)
     np.testing.assert_allclose(kept[-1], 1, rtol=0.01)
+
+
+def test_pictures_are_drawn(tmp_path):
+    generator = np.random.default_rng(0)
+    errors = {
+        name: [(step, generator.normal(size=(9, 5))) for step in (10, 20)]
+        for name in polyak_juditsky.estimators(20)
+    }
+    polyak_juditsky.draw(tmp_path / "1.png", [(problem, errors) for problem in PROBLEMS])
+    measured = [(0.5, 0.1)] * len(variance_law.SETTINGS)
+    variance_law.draw(tmp_path / "2.png", measured)
+    averages = generator.uniform(1, 2, size=(3, 9))
+    variants = batches.variants(0.9, 4)
+    batch_size_rule.draw(tmp_path / "3.png", [(v, averages) for v in variants], every=8)
+    assert [path.read_bytes()[:4] for path in sorted(tmp_path.iterdir())] == [b"\x89PNG"] * 3

@@ -239,8 +239,8 @@ def main():
     print(format_table(header, [dynamics_row(*pair, base, every) for pair in simulated]))
     print(
         "\nThe error of 2 is of first order: kappa 8, memory of the average five times the "
-        "iterate's; largest differences of the means and of the variances, that of the last "
-        "variances, and the same over kappa gamma lambda\n"
+        "iterate's; largest differences of the means and of the variances, where averaging "
+        "begins, that of the last variances, and the same over kappa gamma lambda\n"
     )
     header = ["decay", "kappa gamma lambda", "mean", "variance", "last"]
     header += ["mean /", "variance /", "last /"]

@@ -187,10 +187,12 @@ def draw(path, measured):
         panel.plot(memory, law(rate, 1 - 1 / memory), color=colour, label=f"γλ = {rate:g}")
         for setting, (ratio, error) in zip(SETTINGS, measured, strict=True):
             if setting.rate == rate:
-                marker = "o" if setting.problem == "quadratic" else "x"
-                panel.errorbar(
-                    1 / (1 - setting.decay), ratio, 2 * error, color=colour, marker=marker
-                )
+                regression = setting.problem == "regression"
+                marker, ink = ("x", "black") if regression else ("o", colour)
+                memory_here = 1 / (1 - setting.decay)
+                panel.errorbar(memory_here, ratio, 2 * error, color=ink, marker=marker)
+    for problem, marker in (("quadratic", "o"), ("regression", "x")):
+        panel.plot([], [], color="black", marker=marker, linestyle="", label=problem)
     panel.set_xscale("log")
     panel.set_yscale("log")
     style(panel, "Var(average) / Var(raw): law and measurement", "memory 1 / (1 - decay), in steps")
