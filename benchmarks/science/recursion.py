@@ -1,0 +1,57 @@
+"""What theory says of an average of exactly so many steps of SGD."""
+
+import numpy as np
+from regressions import EXPONENT
+from trajectories import shares
+
+
+def finite_run(share, step_size, eigenvalues):
+    """Solves the linear recursion for averages of exactly so many steps.
+
+    The error e follows e += -gamma_t * (lambda * e - noise_t), the noise having
+    variance 1, from e = 1 on.
+
+    Args:
+        share: Array (r, n), what the iterate of each step counts in r averages.
+        step_size: Array (n,), gamma_t.
+        eigenvalues: Array (k,), values of lambda.
+
+    Returns:
+        Two arrays (r, k), the variance and the mean of the averages.
+    """
+    # What a unit of error right after step t contributes to the average.
+    effect = np.zeros((len(share), len(eigenvalues)))
+    variance = np.zeros_like(effect)
+    for t in reversed(range(len(step_size))):
+        effect += share[:, t, None]
+        variance += (step_size[t] * effect) ** 2
+        effect *= 1 - step_size[t] * eigenvalues
+    return variance, effect
+
+
+def predict(regression, rules, steps):
+    """Predicts averages of exactly so many steps from 0.
+
+    To the linear recursion with noise of covariance S comes what curvature that
+    changes does: noise of covariance gamma_t * Sigma around the optimum shifts
+    the mean gradient by gamma_t * `regression.pull`, and the iterate by
+    -H^-1 of that.
+
+    Args:
+        regression: A `Regression`.
+        rules: List of rules.
+        steps: Int, n.
+
+    Returns:
+        Two arrays with an entry for each rule: n * tr Cov / tr V and
+        n * |bias|**2 / tr V.
+    """
+    values, vectors = np.linalg.eigh(regression.hessian)
+    noise = np.diag(vectors.T @ regression.noise @ vectors)
+    share = np.stack([shares(rule, steps) for rule in rules])
+    step_size = regression.first_step_size * np.arange(1, steps + 1.0) ** -EXPONENT
+    variance, start = finite_run(share, step_size, values)
+    pull = vectors.T @ regression.pull / values
+    bias = -start * (vectors.T @ regression.optimum) - np.outer(share @ step_size, pull)
+    scale = steps / np.trace(regression.covariance)
+    return scale * (variance * noise).sum(axis=1), scale * (bias**2).sum(axis=1)
