@@ -25,7 +25,7 @@ import itertools
 import mnist
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 from polyak_model import ExponentialAverage, PolyakModel, PowerAverage
 from polyak_model.commands.text_tables import format_table
@@ -200,8 +200,7 @@ def draw(path, held_out, rates, budgets):
             mean, error = (values[:, method, column, row] for values in (means, errors))
             panel.errorbar(rates, mean, error, color=colour, label=name, marker="o", capsize=3)
         panel.set_xscale("log")
-        panel.set_xticks(rates)
-        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
         panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(axis="y", color="#dddddd")
         panel.spines[["top", "right"]].set_visible(False)
