@@ -8,7 +8,6 @@ from keras import layers
 from models import assert_close, assert_identical, compile_classifier, make_classifier, trained
 
 from polyak_model import PolyakModel, UniformAverage
-from polyak_model.images import load_images
 from polyak_model.statistics import Pool, moments, refresh_statistics
 
 
@@ -332,26 +331,3 @@ def test_under_a_strategy_every_replica_gets_the_statistics(strategy, batches):
     ):
         for copy in strategy.experimental_local_results(variable.value):
             assert_close([expected], [copy.numpy()], ulps=2)
-
-
-def test_a_noisy_uniform_average_needs_averaged_and_better_refreshed_statistics():
-    x, y = load_images()
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = x.reshape(len(x), -1)[order], y[order]
-    accuracy = {}
-    for non_trainable in ("copy", "average"):
-        keras.utils.set_random_seed(0)
-        inner = keras.Sequential([keras.Input((784,))])
-        for units in (256, 128):
-            inner.add(layers.Dense(units, activation="relu"))
-            inner.add(layers.BatchNormalization())
-        inner.add(layers.Dense(10, activation="softmax"))
-        loss = "sparse_categorical_crossentropy"
-        inner.compile(keras.optimizers.SGD(0.5), loss, metrics=["accuracy"], jit_compile=False)
-        model = PolyakModel(inner, UniformAverage(), non_trainable=non_trainable)
-        model.fit(x[:4000], y[:4000], batch_size=4, verbose=0)
-        accuracy[non_trainable] = model.evaluate(x[4000:], y[4000:], verbose=0)[1]
-    model.refresh_statistics(x[:4000], batch_size=1000, verbose=0)
-    refreshed = model.evaluate(x[4000:], y[4000:], verbose=0)[1]
-    print(accuracy, refreshed)
-    assert accuracy["copy"] + 0.05 < accuracy["average"] < refreshed - 0.05
