@@ -1,6 +1,6 @@
 """The weight of every rule has all digits of a float64, in the first step and the ten millionth."""
 
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal, localcontext
 from functools import partial
 
 import numpy as np
@@ -65,7 +65,7 @@ def due_steps(stride):
 
 def exact_weights(formula, number, stride):
     """Computes a formula to 60 digits, of the very number that the float64 is."""
-    with localcontext(prec=60):
+    with localcontext(Context(prec=60)):
         return np.array(
             [
                 float(formula(Decimal(number), Decimal(t), Decimal(stride)))
