@@ -52,9 +52,9 @@ def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="aut
 
     Reference:
         Izmailov et al. 2018, Averaging weights leads to wider optima, section
-        3.2. `torch.optim.swa_utils.update_bn` does the same, but weighs batches
-        alike whatever their sizes, leaves out what varies between their means,
-        and lets dropout on if the model does.
+        3.2. `torch.optim.swa_utils.update_bn` normalizes by batch during its
+        pass, too, but weighs batches alike whatever their sizes, leaves out what
+        varies between their means, and runs with dropout.
     """
     layers = find_layers(model)
     if layers:
