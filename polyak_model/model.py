@@ -238,9 +238,9 @@ class PolyakModel(RoutedModel):
         self.shadow.follow()
         if not self.shadow.begun():
             raise ValueError(
-                "`refresh_statistics()` needs an average. Received: a model whose average still "
-                f"mirrors the raw weights, after {self.average_step} optimizer steps of more than "
-                f"{self.shadow.rule.start_step}. Train it first."
+                "`refresh_statistics()` needs an average that has begun; until then it mirrors the "
+                f"raw model. Received: a model after {self.average_step} optimizer steps, where "
+                f"averaging begins after start_step={self.shadow.rule.start_step}. Train it first."
             )
         average = self.shadow.model
         layers = statistics.find_layers(average, trained=self.raw_model)

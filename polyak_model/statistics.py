@@ -222,7 +222,7 @@ def moments(inputs, axis, mask=None):
     """
     x = ops.cast(inputs, "float64")
     others = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
-    # In the product, what is masked would pass on what is not a number.
+    # Selecting, since a product with 0 would pass on what is masked and not a number.
     counted = ops.ones_like(x, "bool")
     if mask is not None:
         counted = counted & ops.cast(ops.expand_dims(mask, -1), "bool")

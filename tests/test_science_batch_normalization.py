@@ -21,13 +21,13 @@ def test_copying_statistics_at_the_end_is_what_copying_them_all_along_comes_to(b
     assert_identical(copied.average_model.get_weights(), averaged.average_model.get_weights())
 
 
-@pytest.mark.parametrize(("batch_size", "epochs"), [(4, 2), (128, 1)])
+@pytest.mark.parametrize(("batch_size", "epochs"), [(4, 3), (128, 1)])
 def test_a_uniform_average_at_a_large_rate_needs_statistics_of_its_own(batch_size, epochs):
     options = argparse.Namespace(images=None, epochs=epochs, learning_rate=0.5)
     scores = batch_normalization.score(0, batch_size, options)
     names = batch_normalization.STATISTICS
     accuracy = {name: own[0] for name, own in zip(names, scores, strict=True)}
     if batch_size == 4:  # The iterates are noisy, so the last one says little of their average.
-        assert accuracy["copied"] + 5 < accuracy["averaged"] < accuracy["refreshed"] + 1
+        assert accuracy["copied"] + 5 < min(accuracy["averaged"], accuracy["refreshed"])
     else:  # The training is short, so averaged statistics remember the initial ones.
         assert accuracy["averaged"] + 5 < accuracy["refreshed"]

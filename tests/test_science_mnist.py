@@ -1,8 +1,7 @@
-import importlib
 import json
-import pathlib
 import re
 
+import mnist
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,16 +9,12 @@ from matplotlib.image import imread
 
 from polyak_model import PolyakModel, PowerAverage
 
-SCRIPTS = pathlib.Path(__file__).parent.parent / "benchmarks" / "science"
-
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning")
 
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
-    """The scripts can be imported; they learn patterns in noise, and trace nothing."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    mnist = importlib.import_module("mnist")
+    """The scripts learn patterns in noise, and trace nothing."""
     y = np.arange(1_000) // 100
     generator = np.random.default_rng(0)
     x = generator.uniform(size=(1_000, 28, 28, 1)) + generator.uniform(size=(10, 28, 28, 1))[y]
@@ -31,8 +26,6 @@ def scripts(monkeypatch):
 
 
 def test_the_standard_error_is_that_of_a_mean_of_independent_numbers():
-    import mnist
-
     mean, error = mnist.mean_and_error([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]])
     assert mean.tolist() == [3, 5]
     # The squared deviations 4, 1 and 9 over 3 - 1 degrees of freedom, and over 3 numbers.
@@ -40,8 +33,6 @@ def test_the_standard_error_is_that_of_a_mean_of_independent_numbers():
 
 
 def test_random_labels_hit_their_share_and_are_drawn_from_all_classes():
-    import mnist
-
     y = np.full(10_000, 3)
     labels = mnist.random_labels(y, 0.4, seed=0)
     assert set(y) == {3}
@@ -53,8 +44,6 @@ def test_random_labels_hit_their_share_and_are_drawn_from_all_classes():
 
 
 def test_random_labels_are_never_among_those_held_out():
-    import mnist
-
     (x, true), held_out = mnist.load(seed=0)
     (x_noisy, noisy), held_out_too = mnist.load(seed=0, share=0.4)
     assert 0.3 < np.mean(noisy != true) < 0.4
@@ -64,8 +53,6 @@ def test_random_labels_are_never_among_those_held_out():
 
 
 def test_the_cosine_falls_from_the_rate_to_0():
-    import mnist
-
     rate = mnist.build_model("cosine", 0.1, 50, seed=0).optimizer._learning_rate
     np.testing.assert_allclose([rate(0), rate(25), rate(50)], [0.1, 0.05, 0], atol=1e-8)
 
@@ -87,7 +74,6 @@ def measured(scores, sign="-"):
 def test_raw_average_ensemble_prints_what_a_hand_made_computation_gives(
     monkeypatch, capsys, tmp_path
 ):
-    import mnist
     import raw_average_ensemble as script
 
     monkeypatch.setattr(script, "SCHEDULES", ("cosine",))
@@ -125,7 +111,6 @@ def test_raw_average_ensemble_prints_what_a_hand_made_computation_gives(
 
 def test_constant_or_cosine_scores_each_method_when_a_budget_is_spent():
     import constant_or_cosine as script
-    import mnist
 
     scores = script.measure(0.1, 1, [1, 2], images=100)
     assert scores.shape == (4, 2, 2, 2)

@@ -89,7 +89,7 @@ KINDS = {
     "nested": make_nested,
     "synchronized": lambda: layers.BatchNormalization(synchronized=True),
     "bare of scale and centre": lambda: layers.BatchNormalization(center=False, scale=False),
-    "subclass": lambda: OwnNormalization(),
+    "subclass": OwnNormalization,
     "mixed precision": lambda: layers.BatchNormalization(dtype="mixed_float16"),
 }
 
@@ -315,7 +315,7 @@ def test_layers_frozen_in_the_raw_model_keep_their_statistics(batches, capsys):
 def test_an_average_that_has_not_begun_is_refused():
     model = PolyakModel(compile_classifier(make_classifier()), UniformAverage(start_step=3))
     model.update_average()
-    with pytest.raises(ValueError, match=r"after 1 optimizer steps of more than 3\. Train"):
+    with pytest.raises(ValueError, match="after 1 optimizer steps, .* start_step=3"):
         model.refresh_statistics(draw(4, 6))
 
 
