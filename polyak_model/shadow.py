@@ -155,10 +155,15 @@ class Shadow(keras.layers.Layer):
             may_skip: Bool. Whether steps are often skipped, so that a branch
                 pays. Defaults to False.
         """
-        step = ops.convert_to_tensor(self.step) + ops.cast(stepped, "int64")
-        self.step.assign(step)
-        moves = ops.logical_and(stepped, self.rule.moves_at(step))
-        weight = self.rule.weight(step, self.rule.update_every)
+        with backend.device(self.device):
+            self._update(stepped, may_skip)
+
+    def _update(self, stepped, may_skip):
+        # Reckoned from the step before, the weight need not wait for the optimizer.
+        step = ops.convert_to_tensor(self.step)
+        moves = ops.logical_and(stepped, self.rule.moves_at(step + 1))
+        weight = self.rule.weight(step + 1, self.rule.update_every)
+        self.step.assign(step + ops.cast(stepped, "int64"))
         # Outside of the condition, in which replicas cannot wait for each other.
         partners = self._partners.synchronized()
         if may_skip or self.rule.update_every > 1:

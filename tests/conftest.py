@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from polyak_model.backend import moves
+
 # A second logical device shows where variables are placed.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
@@ -39,8 +41,11 @@ def fresh_keras(request):
 
 
 @pytest.fixture(params=list(MODES))
-def mode(request):
+def mode(request, monkeypatch):
     """Arguments of `compile` for eager, graph and XLA execution."""
+    if request.param == "graph":
+        # Some variables of a small model then move as large ones do, the others as small ones.
+        monkeypatch.setattr(moves, "LARGE", 16)
     return MODES[request.param]
 
 

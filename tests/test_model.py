@@ -1,3 +1,4 @@
+import collections
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier, trained
+from tensorflow.python.eager import context as eager_context
 
 from polyak_model import ExponentialAverage, PolyakModel, PowerAverage, UniformAverage
+from polyak_model.backend import moves
 
 ROUTES = ("average", "raw", "ensemble")
 
@@ -191,6 +194,34 @@ def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches)
     assert {v.value.device[-5:] for v in away.raw_model.weights} == {"CPU:0"}
     if not mode.get("jit_compile"):
         assert_same_weights(away, beside)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_averages_move_on_the_device_where_they_live(compensated, batches, monkeypatch):
+    monkeypatch.setattr(moves, "LARGE", 16)
+    inner = compile_classifier(make_classifier())
+    model = PolyakModel(inner, 0.9, device="CPU:1", compensated=compensated)
+    model.fit(*batches, batch_size=64, verbose=0)
+    context = eager_context.context()
+    context.enable_run_metadata()
+    model.train_on_batch(*batches)
+    step = context.export_run_metadata().function_graphs[-1]
+    context.disable_run_metadata()
+    nodes = [node for part in step.partition_graphs for node in part.node]
+    placed = {
+        device: collections.Counter(node.op for node in nodes if node.device.endswith(device))
+        for device in ("CPU:0", "CPU:1")
+    }
+    of_averaging = {"StatefulPartitionedCall", "IsFinite"}
+    if not compensated:
+        of_averaging |= {"ResourceApplyGradientDescent", "If"}
+    of_training = {"SparseSoftmaxCrossEntropyWithLogits", "BiasAddGrad", "Rsqrt"}
+    assert of_averaging <= set(placed["CPU:1"])
+    assert not of_averaging & set(placed["CPU:0"])
+    assert of_training <= set(placed["CPU:0"])
+    assert not of_training & set(placed["CPU:1"])
+    # What crosses over: each raw weight once, and whether the optimizer took a step.
+    assert placed["CPU:1"]["_Recv"] == len(inner.weights) + 1
 
 
 def test_a_checkpoint_may_monitor_another_route(batches, tmp_path):

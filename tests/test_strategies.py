@@ -25,6 +25,7 @@ from models import (
 )
 
 from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
+from polyak_model.backend import moves
 
 ROUTES = ("average", "raw", "ensemble")
 
@@ -90,6 +91,12 @@ def assert_alike_on_all_replicas(model, expected=2):
         assert len(others) == expected - 1
         for other in others:
             np.testing.assert_array_equal(first, other, err_msg=variable.path)
+
+
+@pytest.fixture(autouse=True)
+def small_models_have_large_variables(monkeypatch):
+    """Some variables then move by a compiled function, the others by operations."""
+    monkeypatch.setattr(moves, "LARGE", 16)
 
 
 # The average

@@ -9,6 +9,7 @@ if keras.backend.backend() != "tensorflow":
         "before Keras is imported."
     )
 
+from polyak_model.backend.moves import move, move_compensated
 from polyak_model.backend.replicas import (
     device,
     local_replicas,
@@ -30,8 +31,6 @@ from polyak_model.backend.tensorflow import (
     lacks_metrics,
     lift,
     may_skip_steps,
-    move,
-    move_compensated,
     optimizer_step,
     rehearse,
     runs_eagerly,

@@ -28,49 +28,6 @@ def assign(pairs, weight=1.0):
         on_each_component(copy, target, source)
 
 
-def move(pairs, weight):
-    """Moves averages: `average += weight * (iterate - average)`.
-
-    A weight of 1 makes the average the iterate, a weight of 0 leaves it, bit
-    for bit, and so does an iterate that equals the average. Where the iterate
-    is infinite or not a number, the average stays.
-
-    Args:
-        pairs: Iterable of `(average, iterate)` variables of equal shape.
-        weight: Scalar float64 tensor in [0, 1].
-    """
-    for average, iterate in pairs:
-        c = tf.cast(weight, average.dtype)
-        a, w = tf.convert_to_tensor(average), tf.cast(iterate, average.dtype)
-        w = tf.where(tf.math.is_finite(w), w, a)
-        average.assign(tf.where(c == 1, w, a + c * (w - a)))
-
-
-def move_compensated(triples, weight):
-    """Moves averages and carries along what rounding took (Kahan).
-
-    The average to twice the precision is `average + residual`. Where the
-    iterate is infinite or not a number, both stay.
-
-    Args:
-        triples: Iterable of `(average, iterate, residual)` variables of equal
-            shape.
-        weight: Scalar float64 tensor in [0, 1].
-
-    Reference:
-        Kahan 1965, Further remarks on reducing truncation errors.
-    """
-    for average, iterate, residual in triples:
-        c = tf.cast(weight, average.dtype)
-        a, w, r = (tf.cast(v, average.dtype) for v in (average, iterate, residual))
-        step = c * ((w - a) - r) + r
-        moved = tf.where(c == 1, w, a + step)
-        rest = tf.where(c == 1, tf.zeros_like(r), step - (moved - a))
-        finite = tf.math.is_finite(w)
-        residual.assign(tf.where(finite, rest, r))
-        average.assign(tf.where(finite, moved, a))
-
-
 def fingerprint(variables):
     """Returns a number that changes with the values of variables, an int64 tensor above or below 0.
 

@@ -8,45 +8,9 @@ from models import compile_classifier, make_classifier
 
 from polyak_model import backend
 
-# TensorFlow's kernels flush subnormal numbers to zero.
-FLOATS = st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=4, max_size=4)
-
 
 def variables(*values, dtype="float32"):
     return tuple(keras.Variable(np.array(value, dtype)) for value in values)
-
-
-@given(average=FLOATS, iterate=FLOATS)
-def test_a_weight_of_one_is_the_iterate_and_of_zero_the_average_bit_for_bit(average, iterate):
-    for weight, expected in ((1.0, iterate), (0.0, average)):
-        a, w = variables(average, iterate)
-        backend.move([(a, w)], tf.constant(weight, "float64"))
-        np.testing.assert_array_equal(a.numpy(), np.array(expected, "float32"))
-
-
-@given(average=FLOATS, iterate=FLOATS, weight=st.floats(0, 1))
-def test_compensation_keeps_the_sum_of_average_and_residual_exact(average, iterate, weight):
-    a, w, r = variables(average, iterate, np.zeros(4))
-    c = np.float64(np.float32(weight))
-    expected = np.array(average, "float32") + c * (
-        np.float64(np.array(iterate, "float32")) - np.array(average, "float32")
-    )
-    backend.move_compensated([(a, w, r)], tf.constant(weight, "float64"))
-    received = a.numpy().astype("float64") + r.numpy()
-    scale = max(np.abs(average).max(), np.abs(iterate).max(), 1e-30)
-    assert np.abs(received - expected).max() <= 2.5e-7 * scale
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_the_average_stays_where_the_iterate_is_not_finite(bad, weight):
-    a, w, r = variables([1.0, 1.0], [bad, 2.0], [1e-9, 0.0])
-    backend.move_compensated([(a, w, r)], tf.constant(weight, "float64"))
-    np.testing.assert_allclose(a.numpy(), [1, 1 + weight], rtol=1e-7)
-    np.testing.assert_array_equal(r.numpy()[0], np.float32(1e-9))
-    (a,) = variables([1.0, 1.0])
-    backend.move([(a, w)], tf.constant(weight, "float64"))
-    np.testing.assert_allclose(a.numpy(), [1, 1 + weight], rtol=1e-7)
 
 
 SHAPES = [(), (1,), (5,), (2, 4), (7, 3)]

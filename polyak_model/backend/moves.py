@@ -1,0 +1,173 @@
+"""How averages move: the formulas, and by what means TensorFlow computes them.
+
+Operation by operation, a move passes over memory once for each, and allocates. Compiled by XLA
+it is one loop that reads the iterate, reads the average and writes it in place; but the call of
+a compiled function takes as long as a dozen operations on a few numbers.
+"""
+
+import functools
+import math
+
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+# From this many elements on a call of a compiled function pays.
+LARGE = 2**14
+
+
+def move(pairs, weight):
+    """Moves averages: `average += weight * (iterate - average)`.
+
+    A weight of 1 makes the average the iterate, a weight of 0 leaves it, bit
+    for bit, and so does an iterate that equals the average. Where the iterate
+    is infinite or not a number, the average stays.
+
+    Args:
+        pairs: Iterable of `(average, iterate)` variables of equal shape.
+        weight: Scalar float64 tensor in [0, 1].
+    """
+    small = []
+    for average, iterate in pairs:
+        if _traces_operations() and not _pays_to_compile(average):
+            small.append((average, iterate))
+        else:
+            _apply(_moved, weight, iterate, average)
+    if small:
+        _subtract(small, weight)
+
+
+def move_compensated(triples, weight):
+    """Moves averages and carries along what rounding took (Kahan).
+
+    The average to twice the precision is `average + residual`. Where the
+    iterate is infinite or not a number, both stay.
+
+    Args:
+        triples: Iterable of `(average, iterate, residual)` variables of equal
+            shape.
+        weight: Scalar float64 tensor in [0, 1].
+
+    Reference:
+        Kahan 1965, Further remarks on reducing truncation errors.
+    """
+    for average, iterate, residual in triples:
+        _apply(_moved_compensated, weight, iterate, average, residual)
+
+
+def _moved(c, w, a):
+    w = tf.where(tf.math.is_finite(w), w, a)
+    return (tf.where(c == 1, w, a + c * (w - a)),)
+
+
+def _moved_compensated(c, w, a, r):
+    step = c * ((w - a) - r) + r
+    moved = tf.where(c == 1, w, a + step)
+    rest = tf.where(c == 1, tf.zeros_like(r), step - (moved - a))
+    finite = tf.math.is_finite(w)
+    return tf.where(finite, moved, a), tf.where(finite, rest, r)
+
+
+def _apply(formula, weight, iterate, *targets):
+    """Assigns to variables what a formula makes of them and the iterate."""
+    average, w = targets[0], tf.convert_to_tensor(iterate)
+    dtype = tf.as_dtype(average.dtype)
+    if _pays_to_compile(average):
+        handles = [target.handle for target in targets]
+        # An average is moved where it lives, wherever the iterate comes from.
+        with tf.device(handles[0].device):
+            function = _compiled(formula, len(targets), tuple(average.shape), dtype, w.dtype)
+            function(weight, w, *handles)
+    else:
+        values = map(tf.convert_to_tensor, targets)
+        moved = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
+        for target, value in zip(targets, moved, strict=True):
+            target.assign(value)
+
+
+def _traces_operations():
+    return not tf.executing_eagerly() and not _is_compiled_as_a_whole()
+
+
+def _is_compiled_as_a_whole():
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+def _subtract(pairs, weight):
+    """Moves averages in as few operations as there are: `average -= weight * (average - iterate)`.
+
+    In a graph with hundreds of small variables every operation counts. That difference is not
+    exact at a weight of 1, which is rare: averages are then assigned, inside a condition.
+    """
+    handles = [average.handle for average, _ in pairs]
+    iterates = [tf.cast(tf.convert_to_tensor(w), average.dtype) for average, w in pairs]
+    count = len(pairs)
+
+    def finite(handle, w):
+        a = _read(handle, w.dtype, w.shape)
+        return a, tf.where(tf.math.is_finite(w), w, a)
+
+    def become(*arguments):
+        for handle, w in zip(arguments[:count], arguments[count:], strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=finite(handle, w)[1])
+        return tf.constant(0.0, "float64")
+
+    def leave(*arguments):
+        return tf.constant(1.0, "float64")
+
+    arguments = (*handles, *iterates)
+    branches = [tf.function(branch, autograph=False) for branch in (become, leave)]
+    then, otherwise = [branch.get_concrete_function(*arguments) for branch in branches]
+    # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
+    (moves,) = tf.raw_ops.If(
+        cond=tf.equal(weight, 1),
+        input=arguments,
+        Tout=["float64"],
+        then_branch=then,
+        else_branch=otherwise,
+    )
+    weight = weight * moves
+    for handle, iterate in zip(handles, iterates, strict=True):
+        a, w = finite(handle, iterate)
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=handle, alpha=tf.cast(weight, a.dtype), delta=a - w
+        )
+
+
+def _read(handle, dtype, shape):
+    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+    value.set_shape(shape)
+    return value
+
+
+def _pays_to_compile(average):
+    # Within a function that XLA compiles as a whole, this is a part of it already.
+    return math.prod(average.shape) >= LARGE and not _is_compiled_as_a_whole() and xla_works()
+
+
+@functools.cache
+def xla_works():
+    """Tells whether XLA is a part of this TensorFlow: not of every build it is."""
+    try:
+        with tf.init_scope():
+            tf.function(lambda: tf.constant(1.0) + 1.0, jit_compile=True)()
+    except tf.errors.OpError:
+        return False
+    return True
+
+
+@functools.cache
+def _compiled(formula, count, shape, dtype, iterate_dtype):
+    # Variables come as arguments: those of equal shape share one function, compiled once.
+    resource = tf.TensorSpec((), tf.resource)
+
+    def apply(weight, w, *handles):
+        values = [_read(handle, dtype, shape) for handle in handles]
+        moved = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
+        for handle, value in zip(handles, moved, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+
+    with tf.init_scope():
+        function = tf.function(apply, jit_compile=True, autograph=False)
+        return function.get_concrete_function(
+            tf.TensorSpec((), "float64"), tf.TensorSpec(shape, iterate_dtype), *[resource] * count
+        )

@@ -1,0 +1,211 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from polyak_model import PolyakModel, backend
+from polyak_model.backend import moves
+
+# TensorFlow's kernels flush subnormal numbers to zero.
+FLOATS = st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=4, max_size=4)
+
+
+def variables(*values, dtype="float32"):
+    return tuple(keras.Variable(np.array(value, dtype)) for value in values)
+
+
+def compile_whole(function):
+    return tf.function(function, jit_compile=True)
+
+
+MEANS = {
+    "eager": (lambda function: function, 2**14),
+    "graph": (tf.function, 2**14),
+    "compiled": (tf.function, 1),
+    "compiled, eager": (lambda function: function, 1),
+    "compiled as a whole": (compile_whole, 2**14),
+}
+
+
+@pytest.fixture(params=MEANS)
+def compiler(request, monkeypatch):
+    """How a function that moves averages is called, by each means of moving them."""
+    compiler, large = MEANS[request.param]
+    monkeypatch.setattr(moves, "LARGE", large)
+    return compiler
+
+
+@pytest.fixture
+def plain(compiler):
+    """Moves an average from one vector of four towards another."""
+    a, w = pair = variables(np.zeros(4), np.zeros(4))
+    move = compiler(lambda weight: backend.move([pair], weight))
+
+    def moved(average, iterate, weight):
+        a.assign(np.array(average, "float32"))
+        w.assign(np.array(iterate, "float32"))
+        move(tf.constant(weight, "float64"))
+        return a.numpy()
+
+    return moved
+
+
+@pytest.fixture
+def compensated(compiler):
+    """Moves an average and its residual."""
+    a, w, r = triple = variables(*[np.zeros(4)] * 3)
+    move = compiler(lambda weight: backend.move_compensated([triple], weight))
+
+    def moved(average, iterate, residual, weight):
+        a.assign(np.array(average, "float32"))
+        w.assign(np.array(iterate, "float32"))
+        r.assign(np.array(residual, "float32"))
+        move(tf.constant(weight, "float64"))
+        return a.numpy(), r.numpy()
+
+    return moved
+
+
+SAME_MEANS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SAME_MEANS
+@given(average=FLOATS, iterate=FLOATS)
+def test_a_weight_of_one_is_the_iterate_and_of_zero_the_average_bit_for_bit(
+    plain, average, iterate
+):
+    for weight, expected in ((1.0, iterate), (0.0, average)):
+        moved = plain(average, iterate, weight)
+        np.testing.assert_array_equal(moved, np.array(expected, "float32"))
+
+
+@SAME_MEANS
+@given(average=FLOATS, weight=st.floats(0, 1))
+def test_an_average_that_equals_the_iterate_stays_bit_for_bit(plain, average, weight):
+    np.testing.assert_array_equal(plain(average, average, weight), np.array(average, "float32"))
+
+
+@SAME_MEANS
+@given(average=FLOATS, iterate=FLOATS, weight=st.floats(0, 1))
+def test_a_move_is_exact_to_three_roundings(plain, average, iterate, weight):
+    a, w = (np.array(values, "float32").astype("float64") for values in (average, iterate))
+    expected = a + np.float64(np.float32(weight)) * (w - a)
+    scale = np.maximum(np.abs(a), np.abs(w))
+    error = np.abs(plain(average, iterate, weight) - expected)
+    # Half a unit of the difference, which may be twice as large, of the product and of the sum.
+    assert np.all(error <= 3 * np.finfo("float32").eps * scale + np.finfo("float32").tiny)
+
+
+@SAME_MEANS
+@given(average=FLOATS, iterate=FLOATS, weight=st.floats(0, 1))
+def test_compensation_keeps_the_sum_of_average_and_residual_exact(
+    compensated, average, iterate, weight
+):
+    c = np.float64(np.float32(weight))
+    expected = np.array(average, "float32") + c * (
+        np.float64(np.array(iterate, "float32")) - np.array(average, "float32")
+    )
+    a, r = compensated(average, iterate, np.zeros(4), weight)
+    scale = max(np.abs(average).max(), np.abs(iterate).max(), 1e-30)
+    assert np.abs(a.astype("float64") + r - expected).max() <= 2.5e-7 * scale
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated, bad, weight):
+    average, iterate = [1.0] * 4, [bad, 2.0, 2.0, 2.0]
+    expected = [1, *[1 + weight] * 3]
+    np.testing.assert_allclose(plain(average, iterate, weight), expected, rtol=1e-7)
+    a, r = compensated(average, iterate, [1e-9, 0, 0, 0], weight)
+    np.testing.assert_allclose(a, expected, rtol=1e-7)
+    assert r[0] == np.float32(1e-9)
+
+
+def test_what_follows_a_move_sees_it(compiler):
+    a, w = variables([1.0, 2.0], [5.0, 6.0])
+
+    def twice():
+        before = a + 0.0
+        backend.move([(a, w)], tf.constant(0.5, "float64"))
+        between = a + 0.0
+        w.assign(between + 4.0)
+        backend.move([(a, w)], tf.constant(0.5, "float64"))
+        after = a + 0.0
+        backend.move([(a, w)], tf.constant(1.0, "float64"))
+        return before, between, after, a + 0.0
+
+    np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
+
+
+def test_averages_of_several_sizes_and_dtypes_move_together(compiler, monkeypatch):
+    if moves.LARGE > 1:
+        monkeypatch.setattr(moves, "LARGE", 3)
+    pairs = [
+        variables(np.zeros(shape), np.ones(shape), dtype=dtype)
+        for shape in ((), (2,), (3,), (2, 3))
+        for dtype in ("float32", "float64")
+    ]
+    compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
+    for a, _ in pairs:
+        np.testing.assert_array_equal(a.numpy(), np.full(a.shape, 0.25))
+
+
+@pytest.mark.parametrize("iterate_dtype", ["bfloat16", "float16", "float64"])
+def test_an_average_moves_in_its_own_dtype(compiler, iterate_dtype):
+    a = keras.Variable([1.0, 2.0], dtype="float32")
+    w = keras.Variable([1.5, 8.0], dtype=iterate_dtype)
+    compiler(lambda: backend.move([(a, w)], tf.constant(2**-12, "float64")))()
+    np.testing.assert_array_equal(a.numpy(), np.float32([1 + 2**-13, 2 + 6 * 2**-12]))
+
+
+def test_a_tape_does_not_look_into_a_move(compiler):
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model = PolyakModel(inner, 0.5)
+    weights = inner.trainable_variables
+    x = np.ones((2, 3), "float32")
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            answers = model.average_model(x), inner(x)
+            for weight in weights:
+                weight.assign(weight + 1.0)
+            model.update_average()
+            answers = *answers, model.average_model(x)
+            loss = sum(tf.reduce_sum(answer**2) for answer in answers)
+        return tape.gradient(loss, weights)
+
+    def expected():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(inner(x) ** 2)
+        return tape.gradient(loss, weights)
+
+    for one, other in zip(expected(), compiler(gradients)(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_variables_of_equal_shape_share_one_compiled_function(monkeypatch):
+    monkeypatch.setattr(moves, "LARGE", 1)
+    moves._compiled.cache_clear()
+    pairs = [variables(np.zeros((2, 3)), np.ones((2, 3))) for _ in range(4)]
+    for _ in range(2):
+        tf.function(lambda: backend.move(pairs, tf.constant(0.5, "float64")))()
+    assert moves._compiled.cache_info().currsize == 1
+    assert all(a.numpy().tolist() == [[0.75] * 3] * 2 for a, _ in pairs)
+
+
+def test_where_xla_is_missing_large_averages_move_by_operations(monkeypatch):
+    def function(*args, **kwargs):
+        raise tf.errors.UnimplementedError(None, None, "no XLA here")
+
+    monkeypatch.setattr(moves, "LARGE", 1)
+    moves.xla_works.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(tf, "function", function)
+        assert not moves.xla_works()
+        a, w = variables([1.0], [2.0])
+        backend.move([(a, w)], tf.constant(0.5, "float64"))
+    moves.xla_works.cache_clear()
+    assert moves.xla_works()
+    assert a.numpy() == 1.5
