@@ -21,8 +21,9 @@ def test_the_benchmark_of_overhead_times_all_variants_in_turns(
     import training_steps
 
     turns = []
-    spy = lambda step: turns.append(step) or (step(), 2e-3)[1]  # noqa: E731
-    monkeypatch.setattr(training_steps, "timed", spy)
+    monkeypatch.setattr(
+        training_steps, "timed", lambda step: turns.append(step) or (step(), 2e-3)[1]
+    )
     path, plot = tmp_path / "times.json", tmp_path / "times.png"
     chosen = ["--models", "tiny", "--variants", "PolyakModel", "Keras use_ema", "host callback"]
     written = ["--json", str(path), "--plot", str(plot)]
@@ -58,15 +59,13 @@ def test_the_order_of_turns_is_shuffled_in_every_round_and_follows_from_the_seed
     assert order(0) == rounds != order(1)
 
 
+@pytest.mark.without_keras
 def test_an_execution_takes_as_many_training_steps_as_asked(overhead):
-    import keras
-
     make, batch_size = overhead.MODELS["tiny"]
     made = []
     step = overhead.prepare("bare", lambda: made.append(make()) or made[0], batch_size, False, 3)
     step()
     assert made[0].optimizer.iterations == 3
-    keras.utils.clear_session()
 
 
 @pytest.mark.without_keras

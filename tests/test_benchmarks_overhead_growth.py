@@ -35,49 +35,62 @@ def test_a_difference_that_noise_has_made_negative_leaves_no_slope(overhead_grow
 
 
 def test_gradients_of_tables_are_single_rows_and_all_tables_are_averaged(overhead_growth):
-    import keras
     import tensorflow as tf
 
-    from polyak_model import PolyakModel
+    inner = []
 
-    model = PolyakModel(overhead_growth.make_tables(count=3, rows=50))
-    tables = model.raw_model.trainable_variables
+    def make():
+        inner.append(overhead_growth.make_tables(count=3, rows=50))
+        return inner[-1]
+
+    step = overhead_growth.prepare("PolyakModel", make, 1, False)
+    tables = inner[0].trainable_variables
     assert [table.shape for table in tables] == [(50, 32)] * 3
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(model.raw_model(tf.ones((1, 1))))
+        loss = tf.reduce_sum(inner[0](tf.ones((1, 1))))
     for gradient in tape.gradient(loss, [table.value for table in tables]):
         assert isinstance(gradient, tf.IndexedSlices)
         assert gradient.values.shape == (1, 32)
-    model.compile(keras.optimizers.SGD(0.5), "mse")
-    model.train_on_batch(np.ones((1, 1)), np.zeros((1, 32)))
-    for raw, average in zip(tables, model.average_model.weights, strict=True):
-        assert raw.numpy()[0, 0] != 1
-        # The first iterate is the whole average.
-        np.testing.assert_array_equal(average.numpy(), raw.numpy())
+    step()
+    for table in tables:
+        moved = (table.numpy() != 1).any(axis=1)
+        assert moved.tolist() == [True] + [False] * 49
 
 
+@pytest.mark.without_keras
 def test_growth_is_measured_both_ways(overhead_growth, monkeypatch, tmp_path, capsys):
     import overhead
     import training_steps
 
-    seconds = {}
+    shapes, seconds = [], {}
 
-    def timed(step):
-        step()
-        return seconds.setdefault(step, 1e-3 * (1 + len(seconds) % 3))
+    def prepare(name, make, *_):
+        size = make.args
+        shapes.append(size)
+        # The bare step takes 1 ms, averaging as much for each thousand weights.
+        milliseconds = 1 if name == "bare" else 1 + size[0] * size[1] * 32 / 1e3
+        step = lambda: None  # noqa: E731
+        seconds[step] = 2e-3 * milliseconds
+        return step
 
-    monkeypatch.setattr(training_steps, "timed", timed)
-    parameters, variables = ["1000", "2000", "4000"], ["1", "2", "3"]
-    sizes = ["--parameters", *parameters, "--variables", *variables, "--rounds", "2"]
-    results = overhead.main(["--growth", *sizes, "--plot", str(tmp_path / "growth.png")])
-    assert {way: [str(n) for n in own] for way, own in results.items()} == {
-        "parameters": parameters,
-        "variables": variables,
+    def prepare_floor(parameters):
+        step = lambda: None  # noqa: E731
+        seconds[step] = 1e-6 * parameters
+        return step
+
+    monkeypatch.setattr(overhead_growth, "prepare", prepare)
+    monkeypatch.setattr(overhead_growth, "prepare_floor", prepare_floor)
+    monkeypatch.setattr(training_steps, "timed", seconds.__getitem__)
+    sizes = ["--parameters", "1024", "2048", "4096", "--variables", "1", "2", "4"]
+    more = ["--rounds", "2", "--steps-per-execution", "2", "--plot", str(tmp_path / "growth.png")]
+    results = overhead.main(["--growth", *sizes, *more])
+    assert {way: list(own) for way, own in results.items()} == {
+        "parameters": [1024, 2048, 4096],
+        "variables": [1, 2, 4],
     }
-    printed = capsys.readouterr().out.splitlines()
-    # Bare, wrapped and floor take 1, 2 and 3 ms, whatever the size.
-    cells = ["1.000", "3.000", "1.000", "±", "0.000", "0.33"]
-    assert [line.split()[2:] for line in printed if "±" in line][:6] == [cells] * 6
-    assert printed[-2].split()[:4] == ["parameters", "0.000", "±", "0.000"]
-    assert printed[-1].split()[:4] == ["variables", "0.000", "±", "0.000"]
+    assert shapes[::2] == [(8, 4), (8, 8), (8, 16), (1, 32), (2, 32), (4, 32)]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["parameters", "2,048", "1.000", "2.048", "2.048", "±", "0.000", "1.00"] in printed
+    assert ["variables", "4", "1.000", "4.096", "4.096", "±", "0.000", "1.00"] in printed
+    assert printed[-2:] == [[way, *["1.000", "±", "0.000"] * 2] for way in results]
     assert (tmp_path / "growth.png").stat().st_size > 0

@@ -79,6 +79,7 @@ def test_memory_is_told_beyond_the_bare_model_in_multiples_of_the_parameters(
     assert (tmp_path / "memory.png").stat().st_size > 0
 
 
+@pytest.mark.without_keras
 def test_a_process_measures_every_step(overhead_memory):
     found = overhead_memory.measure("tiny", "PolyakModel", False, 1)
     assert found.pop("parameters") == 4 * (784 * 16 + 16 * 10)
@@ -86,5 +87,4 @@ def test_a_process_measures_every_step(overhead_memory):
     assert all(len(own) == overhead_memory.STEPS for own in found.values())
     for kind in ("resident", *(["tensors"] if "tensors at rest" in found else [])):
         peaks, rests = found[f"{kind} at peak"], found[f"{kind} at rest"]
-        print(kind, peaks, rests)
-        assert all(peak >= rest > 0 for peak, rest in zip(peaks, rests, strict=True))
+        assert all(peak >= rest >= 0 for peak, rest in zip(peaks, rests, strict=True))
