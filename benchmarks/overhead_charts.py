@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from polyak_model.demo import COLOURS
 
@@ -20,11 +20,11 @@ def draw_extra_time(path, models):
     panels = {name: {k: v for k, v in own.items() if k != "floor"} for name, own in models.items()}
     figure, axes = _bars(panels)
     for panel, own in zip(axes, models.values(), strict=True):
-        panel.axvline(own["floor"][1], color="black", linewidth=1, linestyle=":", label="the floor")
+        panel.axvline(own["floor"][1], color="black", linewidth=1, linestyle=":")
         panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.set_xlabel("of the bare step")
-    axes[0].legend(frameon=False, loc="best", fontsize=8)
-    figure.suptitle("Extra time per training step", x=0.01, ha="left", fontweight="bold")
+    title = "Extra time per training step, and the floor (dotted)"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=150)
 
 
@@ -38,20 +38,21 @@ def draw_memory(path, panels, targets):
             bytes.
         targets: Numbers to draw a line at.
     """
-    figure, axes = _bars(panels)
+    figure, axes = _bars(panels, sharex=True)
     for panel in axes:
         for target in targets:
             panel.axvline(target, color="black", linewidth=1, linestyle=":")
         panel.set_xlabel("of the parameters' bytes")
-    figure.suptitle("Memory beyond the bare model", x=0.01, ha="left", fontweight="bold")
+    title = "Memory beyond the bare model, and targets (dotted)"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=150)
 
 
-def _bars(panels):
+def _bars(panels, sharex=False):
     variants = list(dict.fromkeys(name for own in panels.values() for name in own))
-    size = (2.6 * len(panels) + 2, 0.32 * len(variants) + 1.6)
+    size = (2.6 * len(panels) + 2.4, 0.32 * len(variants) + 1.6)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=sharex, sharey=True, squeeze=False)[0]
     for panel, (title, own) in zip(axes, panels.items(), strict=True):
         for row, name in enumerate(variants):
             low, middle, high = own[name]
@@ -61,7 +62,8 @@ def _bars(panels):
             # A median of differences may lie outside of the ends of other differences.
             ends = [[max(0, middle - low)], [max(0, high - middle)]]
             panel.errorbar(middle, row, xerr=ends, color="black", linewidth=1, capsize=2)
-        panel.set_title(title, loc="left", fontweight="bold", fontsize=10)
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.grid(axis="x", color="#dddddd")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)

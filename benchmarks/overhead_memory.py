@@ -12,8 +12,7 @@ things are, each between steps (at rest) and at its highest within a step (peak)
 - tensors: what TensorFlow's allocator says is in use. It hands out chunks from a pool
   and counts whole chunks, which may be up to twice as large as what was asked for, so
   that the same tensors may count more in one step than in another; those below
-  256 KiB it does not count (TensorFlow 2.21). Not every version
-  of TensorFlow counts.
+  256 KiB it does not count (TensorFlow 2.21). Not every version of TensorFlow counts.
 - resident: the resident set of the process, as Linux tells it (`VmRSS`, and `VmHWM`
   after writing 5 to `/proc/self/clear_refs`, which resets it). It includes what lives
   in NumPy. Where TensorFlow has a pool, the pool keeps what it once had, so that the
