@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from polyak_model.demo import COLOURS
 
@@ -104,6 +104,7 @@ def draw_growth(path, extra, lines):
             panel.plot(sizes, 1e3 * np.exp(intercept) * sizes**slope, color=colour, linewidth=1)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_title(f"Growing {way}", loc="left", fontweight="bold")
         panel.set_xlabel(way)
         panel.set_ylabel("ms per step")
