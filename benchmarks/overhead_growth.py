@@ -11,7 +11,7 @@ is taken, so that the gradient is zeros but for a row, and a bare step takes a f
 passes over memory, as for weights that are trained in earnest. Bare, wrapped, and the
 floor of `overhead.py` take turns in shuffled order. The slope is that of a straight
 line through the logarithms of the medians, by least squares, with its standard error.
-The floor's own slope is above 1 where small models fit a cache and large ones do not;
+The floor's own slope may be above 1 where small models fit a cache and large do not;
 nothing that reads all weights escapes that.
 """
 
