@@ -1,0 +1,176 @@
+"""How the time that averaging adds to a step grows with the model.
+
+    python benchmarks/overhead.py --growth
+
+Claim: no faster than the model, by a slope of 1.05 at most, on logarithmic scales,
+of the extra time per step against the number of parameters, in 8 variables, and
+against the number of variables of 32 x 32.
+
+The model is nearly all weights and no work: of each table of parameters its first row
+is taken, so that the gradient is zeros but for a row, and a bare step takes a few
+passes over memory, as for weights that are trained in earnest. Bare, wrapped, and the
+floor of `overhead.py` take turns in shuffled order. The slope is that of a straight
+line through the logarithms of the medians, by least squares, with its standard error.
+The floor's own slope may be above 1 where small models fit a cache and large do not;
+nothing that reads all weights escapes that.
+"""
+
+import functools
+import math
+import statistics
+import sys
+
+import keras
+import numpy as np
+import overhead_charts
+from keras import layers, ops
+from training_steps import prepare, prepare_floor, take_turns
+
+from polyak_model.commands.text_tables import format_table
+
+WIDTH = 32
+VARIABLES = 8  # Where the number of parameters grows.
+TARGET = 1.05
+
+
+class Tables(layers.Layer):
+    """Several tables of weights, of each of which a call takes the first row.
+
+    Args:
+        count: Int, how many.
+        rows: Int, of each.
+        **kwargs: Keyword arguments of `keras.layers.Layer`.
+    """
+
+    def __init__(self, count, rows, **kwargs):
+        super().__init__(**kwargs)
+        self.count = count
+        self.rows = rows
+
+    def build(self, input_shape):
+        shape = (self.rows, WIDTH)
+        self.tables = [self.add_weight(shape=shape, initializer="ones") for _ in range(self.count)]
+
+    def call(self, inputs):
+        return inputs * sum(ops.convert_to_tensor(table)[:1] for table in self.tables)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], WIDTH)
+
+
+def make_tables(count, rows):
+    """Makes a model of tables alone."""
+    inputs = keras.Input((1,))
+    return keras.Model(inputs, Tables(count, rows)(inputs))
+
+
+def add_arguments(parser):
+    sizes = [10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 2 * 10**8]
+    parser.add_argument("--parameters", nargs="+", type=int, default=sizes, help="with --growth")
+    counts = [8, 30, 100, 300, 1000, 2000]
+    parser.add_argument("--variables", nargs="+", type=int, default=counts, help="with --growth")
+
+
+def main(options):
+    """Times models that grow in two ways, prints a table and draws it.
+
+    Returns:
+        A dict from `parameters` and `variables` to one from a size to what
+        `take_turns` returns.
+    """
+    shapes = {
+        "parameters": {n: (VARIABLES, round(n / VARIABLES / WIDTH)) for n in options.parameters},
+        "variables": {n: (n, WIDTH) for n in options.variables},
+    }
+    results = {way: {} for way in shapes}
+    for way, own in shapes.items():
+        for size, shape in own.items():
+            print(f"{size:,} {way}", file=sys.stderr, flush=True)
+            results[way][size] = measure(functools.partial(make_tables, *shape), options)
+            keras.utils.clear_session()
+    extra = {way: {n: quartiles(times) for n, times in own.items()} for way, own in results.items()}
+    print(f"{'XLA' if options.jit else 'plain graph'}, {options.rounds} rounds, ms per step\n")
+    header = ["growing", "size", "bare", "floor", "extra", "extra of floor"]
+    print(format_table(header, [row for way in extra for row in rows(way, extra[way])]))
+    print()
+    lines = {way: fit_lines(own) for way, own in extra.items()}
+    cells = [[way, *slope_cells(own)] for way, own in lines.items()]
+    print(format_table(["growing", "slope of extra time", "slope of floor"], cells))
+    overhead_charts.draw_growth(options.plot, extra, lines)
+    return results
+
+
+def measure(make, options):
+    """Times the bare model, the wrapped one and the floor in turns, per training step."""
+    k = options.steps_per_execution
+    steps = {name: prepare(name, make, 1, options.jit, k) for name in ("bare", "PolyakModel")}
+    steps["floor"] = prepare_floor(make().count_params())
+    times = take_turns(steps, options.rounds, options.seed)
+    for name in ("bare", "PolyakModel"):
+        times[name]["steps"] = [seconds / k for seconds in times[name]["steps"]]
+    return times
+
+
+def quartiles(times):
+    """Returns the quartiles of the bare step, of the floor and of the extra time, in seconds."""
+    bare, wrapped, floor = (times[name]["steps"] for name in ("bare", "PolyakModel", "floor"))
+    extra = [a - b for a, b in zip(wrapped, bare, strict=True)]
+    samples = {"bare": bare, "floor": floor, "extra": extra}
+    return {name: statistics.quantiles(own, n=4) for name, own in samples.items()}
+
+
+def fit_lines(extra):
+    """Fits straight lines through the logarithms of medians over sizes.
+
+    Args:
+        extra: Dict from sizes to the results of `quartiles`.
+
+    Returns:
+        A dict from `extra` and `floor` to the results of `fit_line`.
+    """
+    names = ("extra", "floor")
+    return {name: fit_line(list(extra), [q[name][1] for q in extra.values()]) for name in names}
+
+
+def fit_line(sizes, seconds):
+    """Fits `log(seconds) = slope * log(size) + intercept` by least squares.
+
+    Args:
+        sizes: List of at least three numbers.
+        seconds: List of as many. One that is not above 0, as a difference of
+            noise may be, has no logarithm, and leaves all results not a number.
+
+    Returns:
+        Tuple of the slope, its standard error and the intercept.
+
+    Example:
+
+    >>> fit_line([1, 10, 100], [2.0, 20.0, 200.0])[0]
+    1.0
+    """
+    if min(seconds) <= 0:
+        return (math.nan,) * 3
+    x, y = np.log(sizes), np.log(seconds)
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * y).sum() / spread
+    intercept = y.mean() - slope * x.mean()
+    variance = ((y - slope * x - intercept) ** 2).sum() / (len(x) - 2)
+    return float(slope), math.sqrt(variance / spread), float(intercept)
+
+
+def rows(way, extra):
+    """Yields the cells of each size."""
+    for size, own in extra.items():
+        middles = {name: quartile[1] for name, quartile in own.items()}
+        low, _, high = own["extra"]
+        yield [
+            way,
+            f"{size:,}",
+            *(f"{1e3 * middles[name]:.3f}" for name in ("bare", "floor")),
+            f"{1e3 * middles['extra']:.3f} ± {1e3 * (high - low) / 2:.3f}",
+            f"{middles['extra'] / middles['floor']:.2f}",
+        ]
+
+
+def slope_cells(lines):
+    return [f"{slope:.3f} ± {error:.3f}" for slope, error, _ in lines.values()]

@@ -1,0 +1,96 @@
+import pathlib
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def overhead_growth(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import overhead_growth
+
+    return overhead_growth
+
+
+@pytest.mark.without_keras
+def test_the_slope_and_its_standard_error_are_those_of_least_squares(overhead_growth):
+    from scipy import stats
+
+    sizes = np.array([8, 30, 100, 300, 1000])
+    noise = np.exp(0.1 * np.random.default_rng(0).normal(size=5))
+    slope, error, intercept = overhead_growth.fit_line(sizes, 3e-4 * sizes**0.9 * noise)
+    expected = stats.linregress(np.log(sizes), np.log(3e-4 * sizes**0.9 * noise))
+    np.testing.assert_allclose(
+        (slope, error, intercept), (expected.slope, expected.stderr, expected.intercept), rtol=1e-12
+    )
+    exact = overhead_growth.fit_line(sizes, 3e-4 * sizes**0.9)
+    np.testing.assert_allclose(exact, (0.9, 0, np.log(3e-4)), atol=1e-9)
+
+
+@pytest.mark.without_keras
+def test_a_difference_that_noise_has_made_negative_leaves_no_slope(overhead_growth):
+    assert np.isnan(overhead_growth.fit_line([1, 2, 3], [0.5, -0.1, 0.7])).all()
+
+
+def test_gradients_of_tables_are_dense_and_move_their_first_rows(overhead_growth):
+    import tensorflow as tf
+
+    inner = []
+
+    def make():
+        inner.append(overhead_growth.make_tables(count=3, rows=50))
+        return inner[-1]
+
+    step = overhead_growth.prepare("PolyakModel", make, 1, False)
+    tables = inner[0].trainable_variables
+    assert [table.shape for table in tables] == [(50, 32)] * 3
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(inner[0](tf.ones((1, 1))))
+    for gradient in tape.gradient(loss, [table.value for table in tables]):
+        assert isinstance(gradient, tf.Tensor)
+        assert gradient.shape == (50, 32)
+    step()
+    for table in tables:
+        moved = (table.numpy() != 1).any(axis=1)
+        assert moved.tolist() == [True] + [False] * 49
+
+
+@pytest.mark.without_keras
+def test_growth_is_measured_both_ways(overhead_growth, monkeypatch, tmp_path, capsys):
+    import overhead
+    import training_steps
+
+    shapes, seconds = [], {}
+
+    def prepare(name, make, *_):
+        size = make.args
+        shapes.append(size)
+        # The bare step takes 1 ms, averaging as much for each thousand weights.
+        milliseconds = 1 if name == "bare" else 1 + size[0] * size[1] * 32 / 1e3
+        step = lambda: None  # noqa: E731
+        seconds[step] = 2e-3 * milliseconds
+        return step
+
+    def prepare_floor(parameters):
+        step = lambda: None  # noqa: E731
+        seconds[step] = 1e-6 * parameters
+        return step
+
+    monkeypatch.setattr(overhead_growth, "prepare", prepare)
+    monkeypatch.setattr(overhead_growth, "prepare_floor", prepare_floor)
+    monkeypatch.setattr(training_steps, "timed", seconds.__getitem__)
+    sizes = ["--parameters", "1024", "2048", "4096", "--variables", "1", "2", "4"]
+    more = ["--rounds", "2", "--steps-per-execution", "2", "--plot", str(tmp_path / "growth.png")]
+    results = overhead.main(["--growth", *sizes, *more])
+    assert {way: list(own) for way, own in results.items()} == {
+        "parameters": [1024, 2048, 4096],
+        "variables": [1, 2, 4],
+    }
+    assert shapes[::2] == [(8, 4), (8, 8), (8, 16), (1, 32), (2, 32), (4, 32)]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["parameters", "2,048", "1.000", "2.048", "2.048", "±", "0.000", "1.00"] in printed
+    assert ["variables", "4", "1.000", "4.096", "4.096", "±", "0.000", "1.00"] in printed
+    assert printed[-2:] == [[way, *["1.000", "±", "0.000"] * 2] for way in results]
+    assert (tmp_path / "growth.png").stat().st_size > 0

@@ -1,0 +1,90 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+MEGABYTES_100 = 10**8
+
+
+@pytest.fixture
+def overhead_memory(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import overhead_memory
+
+    return overhead_memory
+
+
+@pytest.mark.without_keras
+def test_the_peak_of_the_resident_set_is_that_since_the_last_reset(overhead_memory):
+    resident = overhead_memory.resident
+    overhead_memory.reset_peaks()
+    before = resident()
+    assert before["resident at peak"] - before["resident at rest"] < 0.02 * MEGABYTES_100
+    block = np.ones(MEGABYTES_100, "int8")
+    held = resident()["resident at rest"] - before["resident at rest"]
+    del block
+    after = resident()
+    assert held == pytest.approx(MEGABYTES_100, rel=0.02)
+    assert after["resident at peak"] - before["resident at peak"] == pytest.approx(held, rel=0.02)
+    overhead_memory.reset_peaks()
+    assert resident()["resident at peak"] < before["resident at peak"] + 0.02 * MEGABYTES_100
+
+
+@pytest.mark.without_keras
+def test_tensors_are_counted_where_tensorflow_counts_them(overhead_memory):
+    import tensorflow as tf
+
+    if not overhead_memory.tensors():
+        pytest.skip("this version of TensorFlow does not count on the CPU")
+    overhead_memory.reset_peaks()
+    before = overhead_memory.tensors()
+    assert before["tensors at peak"] == before["tensors at rest"]
+    block = tf.fill([MEGABYTES_100 // 4], 1.5)
+    held = overhead_memory.tensors()["tensors at rest"] - before["tensors at rest"]
+    del block
+    after = overhead_memory.tensors()
+    # A chunk of the pool is taken whole where splitting it would leave little.
+    assert MEGABYTES_100 <= held < 2 * MEGABYTES_100
+    assert after["tensors at peak"] - before["tensors at peak"] == held
+    assert after["tensors at rest"] == before["tensors at rest"]
+
+
+@pytest.mark.without_keras
+def test_memory_is_told_beyond_the_bare_model_in_multiples_of_the_parameters(
+    overhead_memory, monkeypatch, tmp_path, capsys
+):
+    import overhead
+
+    class Process:
+        """The memory that a process of each variant would have."""
+
+        def __init__(self, command, **_):
+            model, variant, jit, steps_per_execution = json.loads(command[2])
+            assert (model, jit, steps_per_execution) == ("tiny", True, 4)
+            own = {"bare": [50, 51, 54], "PolyakModel": [150, 152, 154]}[variant]
+            columns = {"resident at rest": own, "resident at peak": [n + 30 for n in own]}
+            self.stdout = f"a warning\n{json.dumps({**columns, 'parameters': 100})}\n"
+
+    monkeypatch.setattr(overhead_memory.subprocess, "run", Process)
+    chosen = ["--memory", "--models", "tiny", "--variants", "PolyakModel"]
+    more = ["--jit", "--steps-per-execution", "4", "--plot", str(tmp_path / "memory.png")]
+    results = overhead.main([*chosen, *more])
+    assert list(results["tiny"]) == ["bare", "PolyakModel"]
+    bare, wrapped = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert bare == ["tiny", "bare", "-", "-", "(0.51)", "(0.81)"]
+    # The median is 152 - 51; two single steps may differ by 96 to 104.
+    assert wrapped == ["tiny", "PolyakModel", "-", "-", *["1.01", "±", "0.04"] * 2]
+    assert (tmp_path / "memory.png").stat().st_size > 0
+
+
+@pytest.mark.without_keras
+def test_a_process_measures_every_step(overhead_memory):
+    found = overhead_memory.measure("tiny", "PolyakModel", False, 1)
+    assert found.pop("parameters") == 4 * (784 * 16 + 16 * 10)
+    assert set(found) in (set(overhead_memory.KINDS), set(overhead_memory.KINDS[2:]))
+    assert all(len(own) == overhead_memory.STEPS for own in found.values())
+    for kind in ("resident", *(["tensors"] if "tensors at rest" in found else [])):
+        peaks, rests = found[f"{kind} at peak"], found[f"{kind} at rest"]
+        assert all(peak >= rest >= 0 for peak, rest in zip(peaks, rests, strict=True))
