@@ -20,7 +20,7 @@ tf.config.set_logical_device_configuration(
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
-# Clearing Keras collects garbage, and need not look through TensorFlow each time.
+# Looking for garbage need not look through TensorFlow each time.
 gc.freeze()
 
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
@@ -33,7 +33,8 @@ def fresh_keras(request):
         yield
         return
     policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
-    keras.utils.clear_session()
+    # Python looks for garbage when there is enough; after each test that takes longer than many do.
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_floatx(floatx)

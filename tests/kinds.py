@@ -43,7 +43,7 @@ class Trained:
     """A model that was fitted, wrapped or bare, and everything seen on the way."""
 
     def __init__(self, kind, wrap):
-        keras.utils.clear_session()  # The logs name outputs after their layers.
+        keras.utils.clear_session(free_memory=False)  # The logs name outputs after their layers.
         keras.utils.set_random_seed(5)
         self.raw = kind.make()
         self.model = PolyakModel(self.raw, RULE, **kind.arguments) if wrap else self.raw
