@@ -63,7 +63,8 @@ class RoutedModel(StoredModel):
 
     @contextlib.contextmanager
     def _through(self, routes):
-        self._router.shadow.follow()
+        if routes != ("raw",):
+            self._router.shadow.follow()  # Until averaging begins, it copies all weights.
         previous, self._active = self._active, routes
         try:
             yield

@@ -97,3 +97,15 @@ def test_the_inference_attribute_changes_the_default_route(batches):
         model.predict(batches[0], verbose=0), model.raw_model.predict(batches[0], verbose=0)
     )
     assert model.evaluate(*batches, verbose=0) == model.evaluate(*batches, using="raw", verbose=0)
+
+
+def test_the_raw_route_neither_waits_for_the_average_nor_moves_it():
+    x = np.ones((4, 3), "float32")
+    model = PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+    before = model.average_model.get_weights()
+    model.raw_model.set_weights([w + 1 for w in before])
+    expected = model.raw_model(x)
+    np.testing.assert_array_equal(model.predict_on_batch(x, using="raw"), expected)
+    for average, w in zip(model.shadow.model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(average, w)
+    np.testing.assert_array_equal(model.predict_on_batch(x, using="average"), expected)

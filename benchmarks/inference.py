@@ -1,0 +1,261 @@
+"""What answering through a route costs, next to the bare Keras model.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --models narrow mlp-10M --jit --json inference.json
+
+Claims: `predict` and `evaluate` through the average or the raw model take at most
+1.02 times as long as those of the bare model, through the ensemble of both at most
+2.05 times; one pass that reports all three routes takes at most 2.1 bare ones; and
+the first call after a change of the route costs no more than one without.
+
+All calls take turns, in an order that is shuffled for each round, in one process, on
+the same data: a `tf.data.Dataset` of whole batches in memory, since for arrays Keras
+builds one in each call, which takes longer than a small model itself. The first call
+of each, which traces, is not counted. For each the table shows the median of its time,
+and of its ratio to the first of its group in the same round, with the half-width of
+the middle half: by the clock, and in processor time of this process, which says more
+where others use the machine too. `bare again` is a second model like the first: what
+it differs by is the error of the measurement. `Keras use_ema` swaps the averages of
+its optimizer into the model and back, by `keras.callbacks.SwapEMAWeights`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+from overhead import DECAY, MODELS, ROUTES, timed
+
+from polyak_model import PolyakModel
+from polyak_model.commands.text_tables import format_table
+
+TARGETS = {
+    "average": 1.02,
+    "raw": 1.02,
+    "ensemble": 2.05,
+    "three routes, one pass": 2.1,
+    "average after raw": 1.02,
+    "raw after average": 1.02,
+}
+COLOURS = {
+    "bare again": "#bbbbbb",
+    "average": "#0072b2",
+    "raw": "#d55e00",
+    "ensemble": "#009e73",
+    "Keras use_ema": "#cc79a7",
+    "three routes, one pass": "#e69f00",
+    "three routes in turn": "#f0e442",
+}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    defaults = [name for name in MODELS if name != "mlp-100M"]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=defaults)
+    parser.add_argument("--rounds", type=int, default=20, help="calls of each kind")
+    parser.add_argument("--batches", type=int, default=16, help="of each call")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--jit", action="store_true", help="compile with XLA")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument("--json", metavar="PATH", help="where to write all times, in seconds")
+    parser.add_argument("--plot", metavar="PATH", default="inference.png")
+    options = parser.parse_args(arguments)
+    times = {}
+    for name in options.models:
+        print(f"{name}: {options.rounds} rounds", file=sys.stderr, flush=True)
+        groups = prepare(MODELS[name][0], options.batches, options.batch_size, options.jit)
+        times[name] = measure(groups, options.rounds, options.seed)
+        keras.utils.clear_session()
+    print(
+        f"{'XLA' if options.jit else 'plain graph'}, {options.rounds} rounds of calls with "
+        f"{options.batches} batches of {options.batch_size}\n"
+    )
+    header = ["model", "call", "who answers", "median, ms", "ratio", "of processor time", "at most"]
+    print(format_table(header, [row for name in times for row in rows(name, times[name])], left=3))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(times, file)
+    draw(options.plot, times)
+    return times
+
+
+def prepare(make, batches, batch_size, jit):
+    """Makes a bare model and its like, a wrapped one, and one whose optimizer averages.
+
+    Returns:
+        A dict of groups, each a dict from a name to a pair of functions: one to
+        be called before, or None, and one to be timed. The first of a group is
+        what the others are compared with.
+    """
+
+    def make_compiled(**kwargs):
+        keras.utils.set_random_seed(0)
+        model = make()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        optimizer = keras.optimizers.SGD(0.1, **kwargs)
+        model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit)
+        return model
+
+    bare, again, swapped = make_compiled(), make_compiled(), make_compiled(use_ema=True)
+    routed = PolyakModel(make_compiled(), DECAY, report=ROUTES)
+    for model in (bare, again, swapped, routed):
+        take_two_steps(model)
+    data = draw_data(bare, batches, batch_size)
+
+    def predict(model, **kwargs):
+        return lambda: model.predict(data, verbose=0, **kwargs)
+
+    def evaluate(model, **kwargs):
+        return lambda: model.evaluate(data, verbose=0, return_dict=True, **kwargs)
+
+    swap = keras.callbacks.SwapEMAWeights()
+    swap.set_model(swapped)
+
+    def swapping(call):
+        def swap_and_call():
+            # As a callback of `predict` some versions of Keras do not swap back.
+            swap.on_test_begin()
+            answer = call()
+            swap.on_test_end()
+            return answer
+
+        return swap_and_call
+
+    def answers(ask):
+        return {
+            "bare": (None, ask(bare)),
+            "bare again": (None, ask(again)),
+            **{route: (None, ask(routed, using=route)) for route in ROUTES},
+            "Keras use_ema": (None, swapping(ask(swapped))),
+        }
+
+    evaluations = [evaluate(routed, using=route) for route in ROUTES]
+    average, raw = (predict(routed, using=route) for route in ("average", "raw"))
+    return {
+        "predict": answers(predict),
+        "evaluate": {
+            **answers(evaluate),
+            "three routes, one pass": (None, evaluate(routed)),
+            "three routes in turn": (None, lambda: [ask() for ask in evaluations]),
+        },
+        "switch to average": {
+            "average after average": (average, average),
+            "average after raw": (raw, average),
+        },
+        "switch to raw": {
+            "raw after raw": (raw, raw),
+            "raw after average": (average, raw),
+        },
+    }
+
+
+def take_two_steps(model):
+    """Steps along the weights themselves: averaging begins, and no training step is traced."""
+    for _ in range(2):
+        trained = model.trainable_variables
+        model.optimizer.apply([ops.convert_to_tensor(w) for w in trained], trained)
+        if isinstance(model, PolyakModel):
+            model.update_average()
+
+
+def draw_data(model, batches, batch_size):
+    """Returns a dataset of random inputs and labels."""
+    (specification,) = model.inputs
+    generator = np.random.default_rng(0)
+    draw = generator.random((batches, batch_size, *specification.shape[1:]))
+    whole = 100 if specification.dtype.startswith("int") else 1
+    x = (draw * whole).astype(specification.dtype)
+    y = generator.integers(0, 10, (batches, batch_size))
+    return tf.data.Dataset.from_tensor_slices((x, y))
+
+
+def measure(groups, rounds, seed):
+    """Times all calls in turns, in an order that is shuffled for each round.
+
+    Returns:
+        A dict like `groups`, in place of each pair a dict with lists of seconds:
+        `clock` and `processor`.
+    """
+    turns = [(group, name) for group, calls in groups.items() for name in calls]
+    times = {
+        group: {name: {"clock": [], "processor": []} for name in calls}
+        for group, calls in groups.items()
+    }
+    for group, name in turns:
+        groups[group][name][1]()  # The first one traces.
+    generator = np.random.default_rng(seed)
+    for _ in range(rounds):
+        for turn in generator.permutation(len(turns)):
+            group, name = turns[turn]
+            before, call = groups[group][name]
+            if before is not None:
+                before()
+            begin = time.process_time()
+            times[group][name]["clock"].append(timed(call))
+            times[group][name]["processor"].append(time.process_time() - begin)
+    return times
+
+
+def ratio(times, reference):
+    """Returns the median of the paired ratios, and the half-width of their middle half."""
+    ratios = [a / b for a, b in zip(times, reference, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, (high - low) / 2
+
+
+def rows(model, times):
+    """Yields the cells of each call of a model."""
+    for group, calls in times.items():
+        reference = next(iter(calls.values()))
+        for name, own in calls.items():
+            cells = [model, group, name, f"{1e3 * statistics.median(own['clock']):.1f}"]
+            for kind in own:
+                middle, half = ratio(own[kind], reference[kind])
+                cells.append("" if own is reference else f"{middle:.3f} ± {half:.3f}")
+            yield [
+                *cells,
+                f"{TARGETS[name]:.2f}" if name in TARGETS and own is not reference else "",
+            ]
+
+
+def draw(path, times):
+    """Draws the ratios to the bare model by the clock, and the targets as black lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2 + 1.5 * len(times)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=[2, 3])
+    for panel, group in zip(panels, ("predict", "evaluate"), strict=True):
+        names = [name for name in next(iter(times.values()))[group] if name != "bare"]
+        thickness = 0.8 / len(names)
+        for place, name in enumerate(names):
+            y = np.arange(len(times)) + (place - (len(names) - 1) / 2) * thickness
+            calls = [own[group] for own in times.values()]
+            measured = [ratio(own[name]["clock"], own["bare"]["clock"]) for own in calls]
+            middles, halves = zip(*measured, strict=True)
+            bars = panel.barh(y, middles, thickness, color=COLOURS[name], label=name)
+            panel.errorbar(middles, y, xerr=halves, fmt="none", color="#555555", linewidth=0.8)
+            for bar in bars if name in TARGETS else ():
+                bottom = bar.get_y()
+                panel.vlines(TARGETS[name], bottom, bottom + thickness, "black", linewidth=2)
+        panel.set_title(group, loc="left", fontweight="bold")
+        panel.set_xlabel("times as long as the bare model")
+        panel.grid(axis="x", color="#dddddd")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(times)), times)
+    panels[0].invert_yaxis()
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
