@@ -199,6 +199,7 @@ def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches)
 @pytest.mark.parametrize("compensated", [False, True])
 def test_averages_move_on_the_device_where_they_live(compensated, batches, monkeypatch):
     monkeypatch.setattr(moves, "LARGE", 16)
+    monkeypatch.setattr(moves, "MANY", 1)
     inner = compile_classifier(make_classifier())
     model = PolyakModel(inner, 0.9, device="CPU:1", compensated=compensated)
     model.fit(*batches, batch_size=64, verbose=0)

@@ -97,6 +97,7 @@ def assert_alike_on_all_replicas(model, expected=2):
 def small_models_have_large_variables(monkeypatch):
     """Some variables then move by a compiled function, the others by operations."""
     monkeypatch.setattr(moves, "LARGE", 16)
+    monkeypatch.setattr(moves, "MANY", 1)
 
 
 # The average

@@ -13,6 +13,8 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 # From this many elements on a call of a compiled function pays.
 LARGE = 2**14
+# From this many small variables on it pays to save operations at the price of a condition.
+MANY = 16
 
 
 def move(pairs, weight):
@@ -26,14 +28,13 @@ def move(pairs, weight):
         pairs: Iterable of `(average, iterate)` variables of equal shape.
         weight: Scalar float64 tensor in [0, 1].
     """
-    small = []
-    for average, iterate in pairs:
-        if _traces_operations() and not _pays_to_compile(average):
-            small.append((average, iterate))
-        else:
-            _apply(_moved, weight, iterate, average)
-    if small:
+    pairs = list(pairs)
+    small = [pair for pair in pairs if not _pays_to_compile(pair[0])]
+    if len(small) >= MANY and not tf.executing_eagerly() and not _is_compiled_as_a_whole():
         _subtract(small, weight)
+        pairs = [pair for pair in pairs if _pays_to_compile(pair[0])]
+    for average, iterate in pairs:
+        _apply(_moved, weight, iterate, average)
 
 
 def move_compensated(triples, weight):
@@ -82,10 +83,6 @@ def _apply(formula, weight, iterate, *targets):
         moved = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
         for target, value in zip(targets, moved, strict=True):
             target.assign(value)
-
-
-def _traces_operations():
-    return not tf.executing_eagerly() and not _is_compiled_as_a_whole()
 
 
 def _is_compiled_as_a_whole():

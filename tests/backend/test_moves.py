@@ -21,19 +21,21 @@ def compile_whole(function):
 
 
 MEANS = {
-    "eager": (lambda function: function, 2**14),
-    "graph": (tf.function, 2**14),
-    "compiled": (tf.function, 1),
-    "compiled, eager": (lambda function: function, 1),
-    "compiled as a whole": (compile_whole, 2**14),
+    "eager": (lambda function: function, 2**14, 16),
+    "graph": (tf.function, 2**14, 16),
+    "graph of many": (tf.function, 2**14, 1),
+    "compiled": (tf.function, 1, 16),
+    "compiled, eager": (lambda function: function, 1, 16),
+    "compiled as a whole": (compile_whole, 2**14, 16),
 }
 
 
 @pytest.fixture(params=MEANS)
 def compiler(request, monkeypatch):
     """How a function that moves averages is called, by each means of moving them."""
-    compiler, large = MEANS[request.param]
+    compiler, large, many = MEANS[request.param]
     monkeypatch.setattr(moves, "LARGE", large)
+    monkeypatch.setattr(moves, "MANY", many)
     return compiler
 
 
