@@ -53,8 +53,8 @@ class PolyakModel(RoutedModel):
         compensated: Bool. Whether to carry the rounding error of the average
             along (Kahan), for slow averages; takes as much memory again as the
             average. Defaults to False.
-        device: Where the average lives, e.g. `"CPU:0"`; the training step is
-            then compiled without XLA, which cannot reach across devices.
+        device: Where the average lives and moves, e.g. `"CPU:0"`; the training
+            step is then compiled without XLA, which cannot reach across devices.
             Defaults to None: beside the raw weights.
         clone_function: `() -> keras.Model`, a fresh model of the same
             architecture, for a model Keras cannot clone. Defaults to None.
