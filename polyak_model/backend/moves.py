@@ -30,7 +30,7 @@ def move(pairs, weight):
     """
     pairs = list(pairs)
     small = [pair for pair in pairs if not _pays_to_compile(pair[0])]
-    if len(small) >= MANY and not tf.executing_eagerly() and not _is_compiled_as_a_whole():
+    if len(small) >= MANY and all(_pays_to_subtract(average) for average, _ in small):
         _subtract(small, weight)
         pairs = [pair for pair in pairs if _pays_to_compile(pair[0])]
     for average, iterate in pairs:
@@ -90,7 +90,7 @@ def _is_compiled_as_a_whole():
 
 
 def _subtract(pairs, weight):
-    """Moves averages in as few operations as there are: `average -= weight * (average - iterate)`.
+    """Moves averages by the fewest operations: `average -= weight * (average - iterate)`.
 
     In a graph with hundreds of small variables every operation counts. That difference is not
     exact at a weight of 1, which is rare: averages are then assigned, inside a condition.
@@ -128,6 +128,15 @@ def _subtract(pairs, weight):
         tf.raw_ops.ResourceApplyGradientDescent(
             var=handle, alpha=tf.cast(weight, a.dtype), delta=a - w
         )
+
+
+def _pays_to_subtract(average):
+    # What it gains on other devices than a CPU is not known.
+    return (
+        not tf.executing_eagerly()
+        and not _is_compiled_as_a_whole()
+        and tf.DeviceSpec.from_string(average.handle.device).device_type == "CPU"
+    )
 
 
 def _read(handle, dtype, shape):
