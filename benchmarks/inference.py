@@ -32,7 +32,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
-from overhead import DECAY, MODELS, ROUTES, timed
+from training_steps import DECAY, MODELS, ROUTES, timed
 
 from polyak_model import PolyakModel
 from polyak_model.commands.text_tables import format_table
