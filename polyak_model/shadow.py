@@ -155,9 +155,7 @@ class Shadow(keras.layers.Layer):
             may_skip: Bool. Whether steps are often skipped, so that a branch
                 pays. Defaults to False.
         """
-        # Without a device of its own it stays within that of the replica at hand.
-        placed = backend.device(self.device) if self.device else contextlib.nullcontext()
-        with placed:
+        with backend.device(self.device):
             self._update(stepped, may_skip)
 
     def _update(self, stepped, may_skip):

@@ -196,6 +196,13 @@ def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches)
         assert_same_weights(away, beside)
 
 
+def test_without_a_device_of_its_own_the_average_lives_where_the_raw_model_was_wrapped():
+    with tf.device("CPU:1"):
+        model = PolyakModel(make_classifier(), 0.9, compensated=True)
+    weights = [*model.raw_model.weights, *model.average_model.weights, *model.shadow.weights]
+    assert {v.value.device[-5:] for v in weights} == {"CPU:1"}
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 def test_averages_move_on_the_device_where_they_live(compensated, batches, monkeypatch):
     monkeypatch.setattr(moves, "LARGE", 16)

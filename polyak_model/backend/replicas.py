@@ -13,12 +13,14 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def device(name):
-    """Returns a context that places the variables of an average.
+    """Returns a context that places an average: its variables and its arithmetic.
 
     Args:
-        name: A device such as `"CPU:0"`, or None for the default.
+        name: A device such as `"CPU:0"`, or None for the one at hand.
     """
-    with tf.variable_creator_scope(_one_for_each_replica), tf.device(name):
+    # `tf.device(None)` would leave the one at hand, also that of a replica.
+    placed = tf.device(name) if name else contextlib.nullcontext()
+    with tf.variable_creator_scope(_one_for_each_replica), placed:
         yield
 
 
