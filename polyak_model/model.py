@@ -288,7 +288,7 @@ class PolyakModel(RoutedModel):
                 optimizer=raw.optimizer,
                 run_eagerly=raw.run_eagerly,
                 steps_per_execution=raw.steps_per_execution,
-                # XLA cannot compile a step that reaches across devices.
+                # XLA cannot compile a step that reaches across devices, only the raw one in it.
                 jit_compile=raw.jit_compile and self.shadow.device is None,
                 auto_scale_loss=False,
             )
@@ -379,11 +379,17 @@ class PolyakModel(RoutedModel):
         before = backend.optimizer_step(self.raw_model)
         # A MultiOptimizer may have chosen its optimizers only now.
         check_optimizers(self.raw_model.optimizer)
-        logs = self.raw_model.train_step(data)
+        logs = self._train_raw(data)
         stepped = backend.optimizer_step(self.raw_model) > before
         self.shadow.check_complete()
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
+
+    def _train_raw(self, data):
+        step, apart = self.raw_model.train_step, self.shadow.device is not None
+        if apart and self.raw_model.jit_compile and not backend.runs_eagerly():
+            step = backend.compiled(step)
+        return step(data)
 
     def test_step(self, data):
         self._start_on_batch(data)

@@ -78,6 +78,7 @@ class Shadow(keras.layers.Layer):
         if not cloning.has_empty_table(raw):
             probing.check_same_outputs(raw, self.model, inputs)
         self._partners = partners
+        self._mirror_at_once = backend.in_one_call(self._mirror_weights)
         self.built = True
 
     def description(self):
@@ -119,7 +120,7 @@ class Shadow(keras.layers.Layer):
 
     def mirror(self):
         """Makes the average a copy of the raw model, bit for bit."""
-        self._mirror_weights()
+        self._mirror_at_once()
         cloning.copy_outside_weights(self._partners.raw, self.model)
 
     def _mirror_weights(self):
@@ -198,7 +199,7 @@ class Shadow(keras.layers.Layer):
             return
         if backend.replicas() == 1:
             with backend.lift():
-                if not self.follows() and not self.begun():
+                if not self.begun() and not self.follows():
                     self.mirror()
         self.absorb(training)
 

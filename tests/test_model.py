@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import layers
 from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier, trained
 from tensorflow.python.eager import context as eager_context
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from polyak_model import ExponentialAverage, PolyakModel, PowerAverage, UniformAverage
 from polyak_model.backend import moves
@@ -194,6 +195,24 @@ def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches)
     assert {v.value.device[-5:] for v in away.raw_model.weights} == {"CPU:0"}
     if not mode.get("jit_compile"):
         assert_same_weights(away, beside)
+
+
+def test_beside_an_average_on_a_device_of_its_own_the_raw_step_is_still_compiled(batches):
+    contexts = []
+
+    class Watched(keras.Sequential):
+        def train_step(self, data):
+            contexts.append(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+            return super().train_step(data)
+
+    x, y = batches
+    inner = Watched(make_classifier().layers)
+    model = PolyakModel(inner, 0.9, device="CPU:1")
+    for jit_compile in (True, False):
+        compile_classifier(model, jit_compile=jit_compile)
+        model.train_on_batch(x, y)
+        assert set(contexts) == {jit_compile}
+        contexts.clear()
 
 
 def test_without_a_device_of_its_own_the_average_lives_where_the_raw_model_was_wrapped():

@@ -26,7 +26,9 @@ from polyak_model.backend.replicas import (
 from polyak_model.backend.tensorflow import (
     apart,
     assign,
+    compiled,
     fingerprint,
+    in_one_call,
     keeps_updates,
     lacks_metrics,
     lift,
@@ -43,8 +45,10 @@ from polyak_model.backend.tensorflow import (
 __all__ = [
     "apart",
     "assign",
+    "compiled",
     "device",
     "fingerprint",
+    "in_one_call",
     "keeps_updates",
     "lacks_metrics",
     "lift",

@@ -11,6 +11,8 @@ import math
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from polyak_model.backend.handles import pack, unpack
+
 # From this many elements on a call of a compiled function pays.
 LARGE = 2**14
 # From this many small variables on it pays to save operations at the price of a condition.
@@ -92,26 +94,26 @@ def _is_compiled_as_a_whole():
 def _subtract(pairs, weight):
     """Moves averages by the fewest operations: `average -= weight * (average - iterate)`.
 
-    In a graph with hundreds of small variables every operation counts. That difference is not
-    exact at a weight of 1, which is rare: averages are then assigned, inside a condition.
+    In a graph with hundreds of small variables every operation counts, and every variable that
+    is captured. That difference is not exact at a weight of 1, which is rare: averages are then
+    assigned, inside a condition.
     """
-    handles = [average.handle for average, _ in pairs]
+    packed = pack([average.handle for average, _ in pairs])
     iterates = [tf.cast(tf.convert_to_tensor(w), average.dtype) for average, w in pairs]
-    count = len(pairs)
 
     def finite(handle, w):
         a = _read(handle, w.dtype, w.shape)
         return a, tf.where(tf.math.is_finite(w), w, a)
 
-    def become(*arguments):
-        for handle, w in zip(arguments[:count], arguments[count:], strict=True):
+    def become(packed, *iterates):
+        for handle, w in zip(unpack(packed), iterates, strict=True):
             tf.raw_ops.AssignVariableOp(resource=handle, value=finite(handle, w)[1])
         return tf.constant(0.0, "float64")
 
-    def leave(*arguments):
+    def leave(packed, *iterates):
         return tf.constant(1.0, "float64")
 
-    arguments = (*handles, *iterates)
+    arguments = (packed, *iterates)
     branches = [tf.function(branch, autograph=False) for branch in (become, leave)]
     then, otherwise = [branch.get_concrete_function(*arguments) for branch in branches]
     # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
@@ -123,7 +125,7 @@ def _subtract(pairs, weight):
         else_branch=otherwise,
     )
     weight = weight * moves
-    for handle, iterate in zip(handles, iterates, strict=True):
+    for handle, iterate in zip(unpack(packed), iterates, strict=True):
         a, w = finite(handle, iterate)
         tf.raw_ops.ResourceApplyGradientDescent(
             var=handle, alpha=tf.cast(weight, a.dtype), delta=a - w
