@@ -78,7 +78,6 @@ class Shadow(keras.layers.Layer):
         if not cloning.has_empty_table(raw):
             probing.check_same_outputs(raw, self.model, inputs)
         self._partners = partners
-        self._mirror_at_once = backend.in_one_call(self._mirror_weights)
         self.built = True
 
     def description(self):
@@ -120,7 +119,7 @@ class Shadow(keras.layers.Layer):
 
     def mirror(self):
         """Makes the average a copy of the raw model, bit for bit."""
-        self._mirror_at_once()
+        self._mirror_weights()
         cloning.copy_outside_weights(self._partners.raw, self.model)
 
     def _mirror_weights(self):

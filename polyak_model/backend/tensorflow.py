@@ -80,19 +80,6 @@ def when(condition, function):
     tf.cond(tf.convert_to_tensor(condition), call, lambda: tf.constant(False))
 
 
-def in_one_call(function):
-    """Returns a function whose operations TensorFlow runs in one call, from the second time on.
-
-    Args:
-        function: Callable without arguments; its result is dropped.
-    """
-
-    def call():
-        function()
-
-    return tf.function(call, autograph=False)
-
-
 def compiled(function):
     """Returns a function that XLA compiles as a whole."""
     return tf.function(function, jit_compile=True, autograph=False)
