@@ -42,7 +42,7 @@ def _resolve_packed_handles(operation, reads, writes):
     """
     if operation.type == "Unpack":  # It uses handles, not what they stand for.
         return False
-    return any([_add_aliases(operation.graph, resources) for resources in (reads, writes)])
+    return any(_add_aliases(operation.graph, resources) for resources in (reads, writes))
 
 
 def _add_aliases(graph, resources):

@@ -8,6 +8,7 @@ a compiled function takes as long as a dozen operations on a few numbers.
 import functools
 import math
 
+import keras
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
@@ -31,10 +32,11 @@ def move(pairs, weight):
         weight: Scalar float64 tensor in [0, 1].
     """
     pairs = list(pairs)
-    small = [pair for pair in pairs if not _pays_to_compile(pair[0])]
-    if len(small) >= MANY and all(_pays_to_subtract(average) for average, _ in small):
+    small = [pair for pair in pairs if not _pays_to_compile(pair[0]) and _pays_to_subtract(*pair)]
+    if len(small) >= MANY:
         _subtract(small, weight)
-        pairs = [pair for pair in pairs if _pays_to_compile(pair[0])]
+        done = {id(average) for average, _ in small}
+        pairs = [pair for pair in pairs if id(pair[0]) not in done]
     for average, iterate in pairs:
         _apply(_moved, weight, iterate, average)
 
@@ -96,47 +98,43 @@ def _subtract(pairs, weight):
 
     In a graph with hundreds of small variables every operation counts, and every variable that
     is captured. That difference is not exact at a weight of 1, which is rare: averages are then
-    assigned, inside a condition.
+    assigned too, inside a condition.
     """
-    packed = pack([average.handle for average, _ in pairs])
-    iterates = [tf.cast(tf.convert_to_tensor(w), average.dtype) for average, w in pairs]
+    averages, iterates = zip(*pairs, strict=True)
+    packed = [pack([v.handle for v in variables]) for variables in (averages, iterates)]
 
-    def finite(handle, w):
-        a = _read(handle, w.dtype, w.shape)
+    def finite(pair, handles):
+        a, w = [_read(handle, v.dtype, v.shape) for v, handle in zip(pair, handles, strict=True)]
+        w = tf.cast(w, a.dtype)
         return a, tf.where(tf.math.is_finite(w), w, a)
 
-    def become(packed, *iterates):
-        for handle, w in zip(unpack(packed), iterates, strict=True):
-            tf.raw_ops.AssignVariableOp(resource=handle, value=finite(handle, w)[1])
-        return tf.constant(0.0, "float64")
+    def become(*packed):
+        for pair, handles in zip(pairs, zip(*map(unpack, packed), strict=True), strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handles[0], value=finite(pair, handles)[1])
 
-    def leave(packed, *iterates):
-        return tf.constant(1.0, "float64")
+    def leave(*packed):
+        pass
 
-    arguments = (packed, *iterates)
+    alphas = {a.dtype: tf.cast(weight, a.dtype) for a in averages}
+    for pair, handle in zip(pairs, unpack(packed[0]), strict=True):
+        a, w = finite(pair, (handle, pair[1].handle))
+        alpha = alphas[pair[0].dtype]
+        tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=alpha, delta=a - w)
     branches = [tf.function(branch, autograph=False) for branch in (become, leave)]
-    then, otherwise = [branch.get_concrete_function(*arguments) for branch in branches]
+    then, otherwise = [branch.get_concrete_function(*packed) for branch in branches]
     # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
-    (moves,) = tf.raw_ops.If(
-        cond=tf.equal(weight, 1),
-        input=arguments,
-        Tout=["float64"],
-        then_branch=then,
-        else_branch=otherwise,
+    tf.raw_ops.If(
+        cond=tf.equal(weight, 1), input=packed, Tout=[], then_branch=then, else_branch=otherwise
     )
-    weight = weight * moves
-    for handle, iterate in zip(unpack(packed), iterates, strict=True):
-        a, w = finite(handle, iterate)
-        tf.raw_ops.ResourceApplyGradientDescent(
-            var=handle, alpha=tf.cast(weight, a.dtype), delta=a - w
-        )
 
 
-def _pays_to_subtract(average):
+def _pays_to_subtract(average, iterate):
     # What it gains on other devices than a CPU is not known.
     return (
         not tf.executing_eagerly()
         and not _is_compiled_as_a_whole()
+        and isinstance(iterate, keras.Variable)
+        and average.handle.device == iterate.handle.device
         and tf.DeviceSpec.from_string(average.handle.device).device_type == "CPU"
     )
 
