@@ -240,8 +240,6 @@ def test_averages_move_on_the_device_where_they_live(compensated, batches, monke
         for device in ("CPU:0", "CPU:1")
     }
     of_averaging = {"StatefulPartitionedCall", "IsFinite"}
-    if not compensated:
-        of_averaging |= {"ResourceApplyGradientDescent", "If"}
     of_training = {"SparseSoftmaxCrossEntropyWithLogits", "BiasAddGrad", "Rsqrt"}
     assert of_averaging <= set(placed["CPU:1"])
     assert not of_averaging & set(placed["CPU:0"])
@@ -249,6 +247,44 @@ def test_averages_move_on_the_device_where_they_live(compensated, batches, monke
     assert not of_training & set(placed["CPU:1"])
     # What crosses over: each raw weight once, and whether the optimizer took a step.
     assert placed["CPU:1"]["_Recv"] == len(inner.weights) + 1
+
+
+class AsksItsAverage(PolyakModel):
+    """Reports what the average answers before and after each step."""
+
+    def train_step(self, data):
+        before = self._asked(data)
+        logs = super().train_step(data)
+        return {**logs, "before": before, "after": self._asked(data)}
+
+    def _asked(self, data):
+        return keras.ops.sum(self.average_model(data[0], training=False)[:, 0])
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves(
+    steps_per_execution, batches, monkeypatch
+):
+    monkeypatch.setattr(moves, "MANY", 1)
+    answers = []
+    for mode in ({"run_eagerly": True}, {"steps_per_execution": steps_per_execution}):
+        keras.utils.set_random_seed(1)
+        model = AsksItsAverage(compile_classifier(make_classifier(), **mode), 0.5)
+        logs = model.fit(*batches, batch_size=16, epochs=6, shuffle=False, verbose=0).history
+        answers.append([logs["before"], logs["after"]])
+    np.testing.assert_allclose(answers[1], answers[0], rtol=1e-5)
+    assert len({*np.ravel(answers[0])}) > 6
+
+
+def test_many_small_variables_are_captured_as_one(batches, monkeypatch):
+    monkeypatch.setattr(moves, "MANY", 1)
+    model = PolyakModel(compile_classifier(make_classifier()), 0.9)
+    model.fit(*batches, verbose=0)
+    step = tf.function(lambda *data: model.train_step(data), autograph=False)
+    captured = step.get_concrete_function(*map(tf.constant, batches)).captured_inputs
+    handles = {id(v.value.handle) for v in model.average_model.weights}
+    assert len(handles) == 8
+    assert not handles & {id(tensor) for tensor in captured}
 
 
 def test_a_checkpoint_may_monitor_another_route(batches, tmp_path):
