@@ -115,17 +115,20 @@ def _subtract(pairs, weight):
     def leave(*packed):
         pass
 
-    alphas = {a.dtype: tf.cast(weight, a.dtype) for a in averages}
-    for pair, handle in zip(pairs, unpack(packed[0]), strict=True):
-        a, w = finite(pair, (handle, pair[1].handle))
-        alpha = alphas[pair[0].dtype]
-        tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=alpha, delta=a - w)
     branches = [tf.function(branch, autograph=False) for branch in (become, leave)]
     then, otherwise = [branch.get_concrete_function(*packed) for branch in branches]
-    # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
-    tf.raw_ops.If(
-        cond=tf.equal(weight, 1), input=packed, Tout=[], then_branch=then, else_branch=otherwise
-    )
+    alphas = {a.dtype: tf.cast(weight, a.dtype) for a in averages}
+    # XLA, where it compiles parts of a graph at its own choice, would not see that a packed
+    # variable is the one that others use.
+    with tf.xla.experimental.jit_scope(compile_ops=False):
+        for pair, handle in zip(pairs, unpack(packed[0]), strict=True):
+            a, w = finite(pair, (handle, pair[1].handle))
+            alpha = alphas[pair[0].dtype]
+            tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=alpha, delta=a - w)
+        # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
+        tf.raw_ops.If(
+            cond=tf.equal(weight, 1), input=packed, Tout=[], then_branch=then, else_branch=otherwise
+        )
 
 
 def _pays_to_subtract(average, iterate):

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -139,6 +143,17 @@ def test_what_follows_a_move_sees_it(compiler):
         return before, between, after, a + 0.0
 
     np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
+
+
+@pytest.mark.slow
+def test_what_follows_a_move_sees_it_where_xla_compiles_parts_of_a_graph_at_its_own_choice():
+    test = f"{__file__}::{test_what_follows_a_move_sees_it.__name__}"
+    flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", test],
+        env={**os.environ, "TF_XLA_FLAGS": flags},
+        check=True,
+    )
 
 
 def test_averages_of_several_sizes_and_dtypes_move_together(compiler, monkeypatch):
