@@ -6,6 +6,7 @@ argument. But the order of the reads and writes of a variable, which TensorFlow 
 handle, it does not know for one that was packed, so it is told here.
 """
 
+import collections
 import contextlib
 
 import tensorflow as tf
@@ -54,45 +55,56 @@ def _add_aliases(graph, resources):
 
 def _aliases(graph, resource):
     if resource.op.type == "Unpack":
-        variables = _packed(resource.op.inputs[0])[resource.value_index :][:1]
-        return [alias for v in variables for alias in _index(graph).single.get(id(v), ())]
+        index = _index(graph)
+        variables = index.members.get(id(resource.op.inputs[0]), ())[resource.value_index :][:1]
+        return [alias for v in variables for alias in index.single[id(v)]]
     if resource.shape.rank == 1:
-        variables, index = _packed(resource), _index(graph)
-        wholes = {id(whole): whole for v in variables for whole in index.packed.get(id(v), ())}
-        singles = [alias for v in variables for alias in index.single.get(id(v), ())]
-        return [*wholes.values(), *singles]
+        index = _index(graph)
+        variables = index.members.get(id(resource), ())
+        wholes = {id(whole): whole for v in variables for whole in index.packed[id(v)]}
+        return [*wholes.values(), *(alias for v in variables for alias in index.single[id(v)])]
     return ()
-
-
-def _packed(tensor):
-    """Returns the handles that a tensor packs, none if it is not from `pack`."""
-    return getattr(_origin(tensor), "_packed_handles", ())
-
-
-def _origin(tensor):
-    """Follows a tensor out of the functions that captured it."""
-    while tf.is_symbolic_tensor(tensor):
-        outer = (outer for outer, inner in tensor.graph.captures if inner is tensor)
-        tensor = next(outer, None)
-    return tensor
 
 
 class _Index:
     """What stands for each variable in a graph: tensors of one handle, and of packed ones."""
 
     def __init__(self, graph):
-        self.single, self.packed = {}, {}
-        for outer, inner in graph.captures:
+        self.members = {}
+        self.single, self.packed = collections.defaultdict(list), collections.defaultdict(list)
+        outside = {}
+        for outer, inner in _captures(graph):
             if inner.dtype == tf.resource:
-                self._add(_origin(outer) if tf.is_symbolic_tensor(outer) else outer, inner)
+                self._add(_origin(outer, outside), inner)
 
     def _add(self, origin, inner):
-        self.single.setdefault(id(origin), []).append(inner)
-        for place, handle in enumerate(getattr(origin, "_packed_handles", ())):
-            self.packed.setdefault(id(handle), []).append(inner)
-            for user in inner.consumers():
-                if user.type == "Unpack":
-                    self.single.setdefault(id(handle), []).append(user.outputs[place])
+        handles = getattr(origin, "_packed_handles", ())
+        unpacks = [user for user in inner.consumers() if user.type == "Unpack"] if handles else ()
+        self.single[id(origin)].append(inner)
+        self.members[id(inner)] = handles
+        for place, handle in enumerate(handles):
+            self.packed[id(handle)].append(inner)
+            self.single[id(handle)] += [unpack.outputs[place] for unpack in unpacks]
+
+
+def _captures(graph):
+    return getattr(graph, "captures", ())  # A graph that is no function's has none.
+
+
+def _origin(tensor, outside):
+    """Follows a tensor out of the functions that captured it.
+
+    Args:
+        tensor: A tensor, in a graph or not.
+        outside: Dict from graphs to what their captures are outside; it is
+            extended.
+    """
+    while tf.is_symbolic_tensor(tensor):
+        graph = tensor.graph
+        if graph not in outside:
+            outside[graph] = {id(inner): outer for outer, inner in _captures(graph)}
+        tensor = outside[graph].get(id(tensor))
+    return tensor
 
 
 def _index(graph):
