@@ -102,15 +102,11 @@ def _subtract(pairs, weight):
     """
     averages, iterates = zip(*pairs, strict=True)
     packed = [pack([v.handle for v in variables]) for variables in (averages, iterates)]
-
-    def finite(pair, handles):
-        a, w = [_read(handle, v.dtype, v.shape) for v, handle in zip(pair, handles, strict=True)]
-        w = tf.cast(w, a.dtype)
-        return a, tf.where(tf.math.is_finite(w), w, a)
+    kinds = [(tuple(a.shape), a.dtype, w.dtype) for a, w in pairs]
 
     def become(*packed):
-        for pair, handles in zip(pairs, zip(*map(unpack, packed), strict=True), strict=True):
-            tf.raw_ops.AssignVariableOp(resource=handles[0], value=finite(pair, handles)[1])
+        for kind, *handles in zip(kinds, *map(unpack, packed), strict=True):
+            _become(*kind)(*handles)
 
     def leave(*packed):
         pass
@@ -121,14 +117,32 @@ def _subtract(pairs, weight):
     # XLA, where it compiles parts of a graph at its own choice, would not see that a packed
     # variable is the one that others use.
     with tf.xla.experimental.jit_scope(compile_ops=False):
-        for pair, handle in zip(pairs, unpack(packed[0]), strict=True):
-            a, w = finite(pair, (handle, pair[1].handle))
-            alpha = alphas[pair[0].dtype]
+        for kind, handle, iterate in zip(kinds, unpack(packed[0]), iterates, strict=True):
+            a, w = _read_finite(*kind, handle, iterate.handle)
+            alpha = alphas[kind[1]]
             tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=alpha, delta=a - w)
         # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
         tf.raw_ops.If(
             cond=tf.equal(weight, 1), input=packed, Tout=[], then_branch=then, else_branch=otherwise
         )
+
+
+def _read_finite(shape, dtype, iterate_dtype, average, iterate):
+    """Reads an average and its iterate; where that is not finite, the average stands for it."""
+    a, w = _read(average, dtype, shape), tf.cast(_read(iterate, iterate_dtype, shape), dtype)
+    return a, tf.where(tf.math.is_finite(w), w, a)
+
+
+@functools.cache
+def _become(*kind):
+    # Variables of equal shape share one function: it takes less time to trace.
+    def become(average, iterate):
+        _, w = _read_finite(*kind, average, iterate)
+        tf.raw_ops.AssignVariableOp(resource=average, value=w)
+
+    resource = tf.TensorSpec((), tf.resource)
+    with tf.init_scope():
+        return tf.function(become, autograph=False).get_concrete_function(resource, resource)
 
 
 def _pays_to_subtract(average, iterate):
