@@ -177,10 +177,13 @@ def repeat_in_processes(arguments, options):
             runs.append(json.loads(path.read_text(encoding="utf-8")))
     ranges = {name: across([shares(run[name]) for run in runs]) for name in options.models}
     print(f"{describe(options)}, {options.processes} processes of {options.rounds} rounds\n")
-    header = ["model", "variant", "step, bare = 1", "lowest", "highest"]
-    print(
-        format_table(header, [row for name in ranges for row in ratios(name, ranges[name])], left=2)
-    )
+    header = ["model", "variant", "step, bare = 1", "lowest", "highest", "first call"]
+    table = [
+        row
+        for name in options.models
+        for row in ratios(name, ranges[name], first_calls([run[name] for run in runs]))
+    ]
+    print(format_table(header, table, left=2))
     overhead_charts.draw_extra_time(options.plot, ranges)
     return runs
 
@@ -191,13 +194,24 @@ def across(processes):
     return {name: (min(m), statistics.median(m), max(m)) for name, m in middles.items()}
 
 
-def ratios(model, ranges):
-    """Yields the cells of each variant of a model: steps with it, as multiples of the bare one."""
+def first_calls(processes):
+    """Returns the median of each variant's first call, as a multiple of the bare one."""
+    return {
+        name: statistics.median(own[name]["first"] / own["bare"]["first"] for own in processes)
+        for name in processes[0]
+    }
+
+
+def ratios(model, ranges, first):
+    """Yields the cells of each variant of a model: calls with it, as multiples of the bare one."""
     for name, (low, middle, high) in ranges.items():
         # The floor is no training step: its own time is told.
         begin = 0 if name == "floor" else 1
         cells = [f"{begin + share:.3f}" for share in (middle, low, high)]
-        yield [model, name, *([f"({cell})" for cell in cells] if name == "floor" else cells)]
+        if name == "floor":
+            yield [model, name, *(f"({cell})" for cell in cells), ""]
+        else:
+            yield [model, name, *cells, f"{first[name]:.2f}"]
 
 
 if __name__ == "__main__":

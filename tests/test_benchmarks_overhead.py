@@ -87,11 +87,14 @@ def test_several_processes_are_summed_up_by_median_and_range(
     commands = []
 
     def run(command, **_):
-        # In the n-th process averaging takes n tenths of a step.
+        # In the n-th process averaging takes n tenths of a step, and of a first call n times that.
         commands.append(command)
         n = len(commands)
         steps = {"bare": [1.0, 1.0], "PolyakModel": [1 + n / 10] * 2, "floor": [0.25] * 2}
-        times = {"tiny": {name: {"first": 1.0, "steps": own} for name, own in steps.items()}}
+        first = {"bare": 2.0, "PolyakModel": 2.0 + 2 * n, "floor": 0.0}
+        times = {
+            "tiny": {name: {"first": first[name], "steps": own} for name, own in steps.items()}
+        }
         path = command[len(command) - command[::-1].index("--json")]
         pathlib.Path(path).write_text(json.dumps(times))
 
@@ -100,7 +103,7 @@ def test_several_processes_are_summed_up_by_median_and_range(
     chosen = ["--models", "tiny", "--variants", "PolyakModel", "--processes", "3"]
     overhead.main([*chosen, "--seed", "5", "--plot", str(plot)])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-2].split() == ["tiny", "PolyakModel", "1.200", "1.100", "1.300"]
+    assert printed[-2].split() == ["tiny", "PolyakModel", "1.200", "1.100", "1.300", "3.00"]
     assert printed[-1].split() == ["tiny", "floor", "(0.250)", "(0.250)", "(0.250)"]
     assert plot.stat().st_size > 0
     # What a process of its own is told, it takes as told: one process, and a seed of its own.
