@@ -160,13 +160,13 @@ class Shadow(keras.layers.Layer):
 
     def _update(self, stepped, may_skip):
         # Reckoned from the step before, the weight need not wait for the optimizer.
-        step, every = self.step + 1, self.rule.update_every
-        moves = stepped if every == 1 else ops.logical_and(stepped, self.rule.moves_at(step))
-        weight = self.rule.weight(step, every)
+        step = self.step + 1
+        moves = ops.logical_and(stepped, self.rule.moves_at(step))
+        weight = self.rule.weight(step, self.rule.update_every)
         self.step.assign(ops.where(stepped, step, step - 1))
         # Outside of the condition, in which replicas cannot wait for each other.
         partners = self._partners.synchronized()
-        if may_skip or every > 1:
+        if may_skip or self.rule.update_every > 1:
             backend.when(moves, lambda: self._move(partners, weight))
         else:
             self._move(partners, ops.where(moves, weight, 0.0))

@@ -32,6 +32,19 @@ def test_an_average_that_is_not_due_stays():
     assert read(model) == 3
 
 
+def test_a_rule_of_ones_own_is_asked_when_the_average_moves():
+    class AtEvenSteps(UniformAverage):
+        def moves_at(self, step):
+            return step % 2 == 0
+
+    model = make_walker(AtEvenSteps())
+    start = read(model)
+    walk(model, [1])
+    assert read(model) == start
+    walk(model, [3])
+    assert read(model) == (start + 3) / 2
+
+
 def test_the_average_mirrors_bit_for_bit_until_the_start_step():
     model = make_walker(UniformAverage(start_step=4))
     for value in (1e-8, 1e8, np.float32(0.1), -7):
