@@ -45,9 +45,9 @@ def fresh_keras(request):
 def mode(request, monkeypatch):
     """Arguments of `compile` for eager, graph and XLA execution."""
     if request.param == "graph":
-        # Some variables of a small model then move as large ones do, the others as many small ones.
+        # Some variables of a small model then move as large ones do, the others together.
         monkeypatch.setattr(moves, "LARGE", 16)
-        monkeypatch.setattr(moves, "MANY", 1)
+        monkeypatch.setattr(moves, "HUGE", 16)
     return MODES[request.param]
 
 

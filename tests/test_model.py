@@ -225,7 +225,7 @@ def test_without_a_device_of_its_own_the_average_lives_where_the_raw_model_was_w
 @pytest.mark.parametrize("compensated", [False, True])
 def test_averages_move_on_the_device_where_they_live(compensated, batches, monkeypatch):
     monkeypatch.setattr(moves, "LARGE", 16)
-    monkeypatch.setattr(moves, "MANY", 1)
+    monkeypatch.setattr(moves, "HUGE", 16)
     inner = compile_classifier(make_classifier())
     model = PolyakModel(inner, 0.9, device="CPU:1", compensated=compensated)
     model.fit(*batches, batch_size=64, verbose=0)
@@ -265,7 +265,6 @@ class AsksItsAverage(PolyakModel):
 def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves(
     steps_per_execution, batches, monkeypatch
 ):
-    monkeypatch.setattr(moves, "MANY", 1)
     answers = []
     for mode in ({"run_eagerly": True}, {"steps_per_execution": steps_per_execution}):
         keras.utils.set_random_seed(1)
@@ -277,7 +276,6 @@ def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves
 
 
 def test_many_small_variables_are_captured_as_one(batches, monkeypatch):
-    monkeypatch.setattr(moves, "MANY", 1)
     model = PolyakModel(compile_classifier(make_classifier()), 0.9)
     model.fit(*batches, verbose=0)
     step = tf.function(lambda *data: model.train_step(data), autograph=False)

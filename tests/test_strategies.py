@@ -95,9 +95,9 @@ def assert_alike_on_all_replicas(model, expected=2):
 
 @pytest.fixture(autouse=True)
 def small_models_have_large_variables(monkeypatch):
-    """Some variables then move by a compiled function, the others by operations."""
+    """Some variables then move by a compiled function, the others by other means."""
     monkeypatch.setattr(moves, "LARGE", 16)
-    monkeypatch.setattr(moves, "MANY", 1)
+    monkeypatch.setattr(moves, "HUGE", 16)
 
 
 # The average

@@ -5,6 +5,7 @@ it is one loop that reads the iterate, reads the average and writes it in place;
 a compiled function takes as long as a dozen operations on a few numbers.
 """
 
+import collections
 import functools
 import math
 
@@ -14,10 +15,12 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from polyak_model.backend.handles import pack, unpack
 
-# From this many elements on a call of a compiled function pays.
+# From this many elements on a call of a compiled function is faster than single operations,
 LARGE = 2**14
-# From this many small variables on it pays to save operations at the price of a condition.
-MANY = 16
+# and from this many on than to move together.
+HUGE = 2**17
+# More of them together would wait longer for the last iterate.
+TOGETHER = 64
 
 
 def move(pairs, weight):
@@ -31,14 +34,14 @@ def move(pairs, weight):
         pairs: Iterable of `(average, iterate)` variables of equal shape.
         weight: Scalar float64 tensor in [0, 1].
     """
-    pairs = list(pairs)
-    small = [pair for pair in pairs if not _pays_to_compile(pair[0]) and _pays_to_subtract(*pair)]
-    if len(small) >= MANY:
-        _subtract(small, weight)
-        done = {id(average) for average, _ in small}
-        pairs = [pair for pair in pairs if id(pair[0]) not in done]
+    together = []
     for average, iterate in pairs:
-        _apply(_moved, weight, iterate, average)
+        if math.prod(average.shape) < HUGE and _may_move_together(average, iterate):
+            together.append((average, iterate))
+        else:
+            _apply(_moved, weight, iterate, average)
+    for first in range(0, len(together), TOGETHER):
+        _move_together(together[first : first + TOGETHER], weight)
 
 
 def move_compensated(triples, weight):
@@ -80,7 +83,8 @@ def _apply(formula, weight, iterate, *targets):
         handles = [target.handle for target in targets]
         # An average is moved where it lives, wherever the iterate comes from.
         with tf.device(handles[0].device):
-            function = _compiled(formula, len(targets), tuple(average.shape), dtype, w.dtype)
+            shape = tuple(average.shape)
+            function = _traced(formula, len(targets), shape, dtype, w.dtype, jit_compile=True)
             function(weight, w, *handles)
     else:
         values = map(tf.convert_to_tensor, targets)
@@ -93,59 +97,62 @@ def _is_compiled_as_a_whole():
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-def _subtract(pairs, weight):
+def _move_together(pairs, weight):
     """Moves averages by the fewest operations: `average -= weight * (average - iterate)`.
 
     In a graph with hundreds of small variables every operation counts, and every variable that
-    is captured. That difference is not exact at a weight of 1, which is rare: averages are then
-    assigned too, inside a condition.
+    is captured. Whether the iterates are finite is asked of their sums. Seldom one is not, or the
+    weight is 1, at which that difference is not exact: then they move with care, one by one.
     """
     averages, iterates = zip(*pairs, strict=True)
     packed = [pack([v.handle for v in variables]) for variables in (averages, iterates)]
     kinds = [(tuple(a.shape), a.dtype, w.dtype) for a, w in pairs]
 
-    def become(*packed):
-        for kind, *handles in zip(kinds, *map(unpack, packed), strict=True):
-            _become(*kind)(*handles)
-
-    def leave(*packed):
-        pass
-
-    branches = [tf.function(branch, autograph=False) for branch in (become, leave)]
-    then, otherwise = [branch.get_concrete_function(*packed) for branch in branches]
-    alphas = {a.dtype: tf.cast(weight, a.dtype) for a in averages}
-    # XLA, where it compiles parts of a graph at its own choice, would not see that a packed
-    # variable is the one that others use.
-    with tf.xla.experimental.jit_scope(compile_ops=False):
-        for kind, handle, iterate in zip(kinds, unpack(packed[0]), iterates, strict=True):
-            a, w = _read_finite(*kind, handle, iterate.handle)
+    def subtract(weight, averages, iterates):
+        alphas = {dtype: tf.cast(weight, dtype) for _, dtype, _ in kinds}
+        for kind, average, iterate in _each(kinds, averages, iterates):
             alpha = alphas[kind[1]]
-            tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=alpha, delta=a - w)
-        # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
-        tf.raw_ops.If(
-            cond=tf.equal(weight, 1), input=packed, Tout=[], then_branch=then, else_branch=otherwise
-        )
+            delta = _read(average, *kind[:2]) - _read_as(iterate, *kind)
+            tf.raw_ops.ResourceApplyGradientDescent(var=average, alpha=alpha, delta=delta)
+
+    def take_care(weight, averages, iterates):
+        for (shape, dtype, iterate_dtype), average, iterate in _each(kinds, averages, iterates):
+            w = _read(iterate, shape, iterate_dtype)
+            _traced(_moved, 1, shape, dtype, iterate_dtype)(weight, w, average)
+
+    given = [weight, *packed]
+    branches = [tf.function(branch, autograph=False) for branch in (subtract, take_care)]
+    then, otherwise = [branch.get_concrete_function(*given) for branch in branches]
+    finite = _have_finite_sums(kinds, [iterate.handle for iterate in iterates])
+    # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
+    # It is also left alone by XLA that compiles parts of a graph at its own choice, which would
+    # not see that a packed variable is the one that others use.
+    tf.raw_ops.If(
+        cond=tf.logical_and(finite, tf.not_equal(weight, 1)),
+        input=given,
+        Tout=[],
+        then_branch=then,
+        else_branch=otherwise,
+    )
 
 
-def _read_finite(shape, dtype, iterate_dtype, average, iterate):
-    """Reads an average and its iterate; where that is not finite, the average stands for it."""
-    a, w = _read(average, dtype, shape), tf.cast(_read(iterate, iterate_dtype, shape), dtype)
-    return a, tf.where(tf.math.is_finite(w), w, a)
+def _each(kinds, averages, iterates):
+    return zip(kinds, unpack(averages), unpack(iterates), strict=True)
 
 
-@functools.cache
-def _become(*kind):
-    # Variables of equal shape share one function: it takes less time to trace.
-    def become(average, iterate):
-        _, w = _read_finite(*kind, average, iterate)
-        tf.raw_ops.AssignVariableOp(resource=average, value=w)
+def _have_finite_sums(kinds, handles):
+    """Tells whether sums of values, shape by shape, and of their squares are all finite.
 
-    resource = tf.TensorSpec((), tf.resource)
-    with tf.init_scope():
-        return tf.function(become, autograph=False).get_concrete_function(resource, resource)
+    If so, then all the values are. The inverse fails only where a sum overflows.
+    """
+    groups = collections.defaultdict(list)
+    for kind, handle in zip(kinds, handles, strict=True):
+        groups[kind[:2]].append(_read_as(handle, *kind))
+    sums = [tf.nn.l2_loss(tf.add_n(group)) for group in groups.values()]
+    return tf.math.is_finite(tf.add_n([tf.cast(value, "float32") for value in sums]))
 
 
-def _pays_to_subtract(average, iterate):
+def _may_move_together(average, iterate):
     # What it gains on other devices than a CPU is not known.
     return (
         not tf.executing_eagerly()
@@ -156,7 +163,11 @@ def _pays_to_subtract(average, iterate):
     )
 
 
-def _read(handle, dtype, shape):
+def _read_as(handle, shape, dtype, own_dtype):
+    return tf.cast(_read(handle, shape, own_dtype), dtype)
+
+
+def _read(handle, shape, dtype):
     value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
     value.set_shape(shape)
     return value
@@ -179,18 +190,18 @@ def xla_works():
 
 
 @functools.cache
-def _compiled(formula, count, shape, dtype, iterate_dtype):
-    # Variables come as arguments: those of equal shape share one function, compiled once.
+def _traced(formula, count, shape, dtype, iterate_dtype, jit_compile=None):
+    # Variables come as arguments: those of equal shape share one function, traced once.
     resource = tf.TensorSpec((), tf.resource)
 
     def apply(weight, w, *handles):
-        values = [_read(handle, dtype, shape) for handle in handles]
+        values = [_read(handle, shape, dtype) for handle in handles]
         moved = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
         for handle, value in zip(handles, moved, strict=True):
             tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
     with tf.init_scope():
-        function = tf.function(apply, jit_compile=True, autograph=False)
+        function = tf.function(apply, jit_compile=jit_compile, autograph=False)
         return function.get_concrete_function(
             tf.TensorSpec((), "float64"), tf.TensorSpec(shape, iterate_dtype), *[resource] * count
         )

@@ -25,21 +25,21 @@ def compile_whole(function):
 
 
 MEANS = {
-    "eager": (lambda function: function, 2**14, 16),
-    "graph": (tf.function, 2**14, 16),
-    "graph of many": (tf.function, 2**14, 1),
-    "compiled": (tf.function, 1, 16),
-    "compiled, eager": (lambda function: function, 1, 16),
-    "compiled as a whole": (compile_whole, 2**14, 16),
+    "eager": (lambda function: function, 2**14, 1),
+    "graph": (tf.function, 2**14, 1),
+    "graph, together": (tf.function, 2**14, 2**17),
+    "compiled": (tf.function, 1, 1),
+    "compiled, eager": (lambda function: function, 1, 1),
+    "compiled as a whole": (compile_whole, 2**14, 2**17),
 }
 
 
 @pytest.fixture(params=MEANS)
 def compiler(request, monkeypatch):
     """How a function that moves averages is called, by each means of moving them."""
-    compiler, large, many = MEANS[request.param]
+    compiler, large, huge = MEANS[request.param]
     monkeypatch.setattr(moves, "LARGE", large)
-    monkeypatch.setattr(moves, "MANY", many)
+    monkeypatch.setattr(moves, "HUGE", huge)
     return compiler
 
 
@@ -129,6 +129,21 @@ def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated, b
     assert r[0] == np.float32(1e-9)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_iterate_that_is_not_finite_keeps_no_other_from_moving(bad, compiler, monkeypatch):
+    monkeypatch.setattr(moves, "TOGETHER", 2)
+    pairs = [variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0]) for n in range(5)]
+    compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
+    moved = [a.numpy().tolist() for a, _ in pairs]
+    assert moved == [[1.5, 1.0 if n == 2 else 1.5] for n in range(5)]
+
+
+def test_iterates_whose_sums_overflow_are_averaged_as_others(plain):
+    large = np.float32(2.0**127)
+    moved = plain([0.0] * 4, [large, large, -large, 1.0], 0.5)
+    np.testing.assert_array_equal(moved, np.float32([large / 2, large / 2, -large / 2, 0.5]))
+
+
 def test_what_follows_a_move_sees_it(compiler):
     a, w = variables([1.0, 2.0], [5.0, 6.0])
 
@@ -157,8 +172,8 @@ def test_what_follows_a_move_sees_it_where_xla_compiles_parts_of_a_graph_at_its_
 
 
 def test_averages_of_several_sizes_and_dtypes_move_together(compiler, monkeypatch):
-    if moves.LARGE > 1:
-        monkeypatch.setattr(moves, "LARGE", 3)
+    for limit in ("LARGE", "HUGE"):
+        monkeypatch.setattr(moves, limit, min(getattr(moves, limit), 3))
     pairs = [
         variables(np.zeros(shape), np.ones(shape), dtype=dtype)
         for shape in ((), (2,), (3,), (2, 3))
@@ -204,11 +219,12 @@ def test_a_tape_does_not_look_into_a_move(compiler):
 
 def test_variables_of_equal_shape_share_one_compiled_function(monkeypatch):
     monkeypatch.setattr(moves, "LARGE", 1)
-    moves._compiled.cache_clear()
+    monkeypatch.setattr(moves, "HUGE", 1)
+    moves._traced.cache_clear()
     pairs = [variables(np.zeros((2, 3)), np.ones((2, 3))) for _ in range(4)]
     for _ in range(2):
         tf.function(lambda: backend.move(pairs, tf.constant(0.5, "float64")))()
-    assert moves._compiled.cache_info().currsize == 1
+    assert moves._traced.cache_info().currsize == 1
     assert all(a.numpy().tolist() == [[0.75] * 3] * 2 for a, _ in pairs)
 
 
