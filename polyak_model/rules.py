@@ -82,6 +82,8 @@ class Rule:
         >>> [step for step in range(1, 9) if UniformAverage(2, 3).moves_at(step)]
         [1, 2, 5, 8]
         """
+        if self.update_every == 1:
+            return step == step  # At each of them: a bool, or as many as there are steps.
         t = step - self.start_step
         return (t <= 0) | (t % self.update_every == 0)
 

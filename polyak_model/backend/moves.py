@@ -19,8 +19,10 @@ from polyak_model.backend.handles import pack, unpack
 LARGE = 2**14
 # and from this many on than to move together.
 HUGE = 2**17
-# More of them together would wait longer for the last iterate.
+# More of them together would wait longer for the last iterate,
 TOGETHER = 64
+# and fewer wait still less: that pays where so many elements are all of them together.
+SMALL = 2**17
 
 
 def move(pairs, weight):
@@ -40,8 +42,16 @@ def move(pairs, weight):
             together.append((average, iterate))
         else:
             _apply(_moved, weight, iterate, average)
-    for first in range(0, len(together), TOGETHER):
-        _move_together(together[first : first + TOGETHER], weight)
+    for part in _parts(together, TOGETHER):
+        if sum(math.prod(average.shape) for average, _ in part) < SMALL:
+            for half in _parts(part, TOGETHER // 2):
+                _move_together(half, weight, ask_apart=True)
+        else:
+            _move_together(part, weight, ask_apart=False)
+
+
+def _parts(pairs, size):
+    return [pairs[first : first + size] for first in range(0, len(pairs), size)]
 
 
 def move_compensated(triples, weight):
@@ -97,15 +107,22 @@ def _is_compiled_as_a_whole():
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-def _move_together(pairs, weight):
+def _move_together(pairs, weight, ask_apart):
     """Moves averages by the fewest operations: `average -= weight * (average - iterate)`.
 
     In a graph with hundreds of small variables every operation counts, and every variable that
     is captured. Whether the iterates are finite is asked of their sums. Seldom one is not, or the
     weight is 1, at which that difference is not exact: then they move with care, one by one.
+
+    Args:
+        pairs: List of `(average, iterate)`.
+        weight: Scalar float64 tensor.
+        ask_apart: Bool. Whether to ask for the sums in a function of its own,
+            which is faster; or right where the iterates come from, while
+            large ones are still in the cache of the processor.
     """
     averages, iterates = zip(*pairs, strict=True)
-    packed = [pack([v.handle for v in variables]) for variables in (averages, iterates)]
+    given = [weight, *(pack([v.handle for v in variables]) for variables in (averages, iterates))]
     kinds = [(tuple(a.shape), a.dtype, w.dtype) for a, w in pairs]
 
     def subtract(weight, averages, iterates):
@@ -120,20 +137,28 @@ def _move_together(pairs, weight):
             w = _read(iterate, shape, iterate_dtype)
             _traced(_moved, 1, shape, dtype, iterate_dtype)(weight, w, average)
 
-    given = [weight, *packed]
-    branches = [tf.function(branch, autograph=False) for branch in (subtract, take_care)]
-    then, otherwise = [branch.get_concrete_function(*given) for branch in branches]
-    finite = _have_finite_sums(kinds, [iterate.handle for iterate in iterates])
+    def ask(weight, averages, iterates):
+        finite = _have_finite_sums(kinds, unpack(iterates))
+        _either(finite, subtract, take_care, [weight, averages, iterates])
+
+    subtract, take_care = _branch(subtract, given), _branch(take_care, given)
+    below_1 = tf.not_equal(weight, 1)
+    if ask_apart:
+        _either(below_1, _branch(ask, given), take_care, given)
+    else:
+        finite = _have_finite_sums(kinds, [iterate.handle for iterate in iterates])
+        _either(tf.logical_and(finite, below_1), subtract, take_care, given)
+
+
+def _branch(function, given):
+    return tf.function(function, autograph=False).get_concrete_function(*given)
+
+
+def _either(condition, then, otherwise, given):
     # Unlike `tf.cond` this leaves the branch that is not taken alone, operation by operation.
     # It is also left alone by XLA that compiles parts of a graph at its own choice, which would
     # not see that a packed variable is the one that others use.
-    tf.raw_ops.If(
-        cond=tf.logical_and(finite, tf.not_equal(weight, 1)),
-        input=given,
-        Tout=[],
-        then_branch=then,
-        else_branch=otherwise,
-    )
+    tf.raw_ops.If(cond=condition, input=given, Tout=[], then_branch=then, else_branch=otherwise)
 
 
 def _each(kinds, averages, iterates):

@@ -24,22 +24,27 @@ def compile_whole(function):
     return tf.function(function, jit_compile=True)
 
 
+def call(function):
+    return function
+
+
 MEANS = {
-    "eager": (lambda function: function, 2**14, 1),
-    "graph": (tf.function, 2**14, 1),
-    "graph, together": (tf.function, 2**14, 2**17),
-    "compiled": (tf.function, 1, 1),
-    "compiled, eager": (lambda function: function, 1, 1),
-    "compiled as a whole": (compile_whole, 2**14, 2**17),
+    "eager": (call, {"HUGE": 1}),
+    "graph": (tf.function, {"HUGE": 1}),
+    "graph, together": (tf.function, {}),
+    "graph, together, asked in place": (tf.function, {"SMALL": 1}),
+    "compiled": (tf.function, {"LARGE": 1, "HUGE": 1}),
+    "compiled, eager": (call, {"LARGE": 1, "HUGE": 1}),
+    "compiled as a whole": (compile_whole, {}),
 }
 
 
 @pytest.fixture(params=MEANS)
 def compiler(request, monkeypatch):
     """How a function that moves averages is called, by each means of moving them."""
-    compiler, large, huge = MEANS[request.param]
-    monkeypatch.setattr(moves, "LARGE", large)
-    monkeypatch.setattr(moves, "HUGE", huge)
+    compiler, limits = MEANS[request.param]
+    for name, limit in limits.items():
+        monkeypatch.setattr(moves, name, limit)
     return compiler
 
 
@@ -131,7 +136,7 @@ def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated, b
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_iterate_that_is_not_finite_keeps_no_other_from_moving(bad, compiler, monkeypatch):
-    monkeypatch.setattr(moves, "TOGETHER", 2)
+    monkeypatch.setattr(moves, "TOGETHER", 4)
     pairs = [variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0]) for n in range(5)]
     compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
     moved = [a.numpy().tolist() for a, _ in pairs]
