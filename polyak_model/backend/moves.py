@@ -21,7 +21,7 @@ LARGE = 2**14
 HUGE = 2**17
 # More of them together would wait longer for the last iterate,
 TOGETHER = 64
-# and fewer wait still less: that pays where so many elements are all of them together.
+# and half of them still less: that pays where all of them are fewer elements than this.
 SMALL = 2**17
 
 
@@ -43,7 +43,8 @@ def move(pairs, weight):
         else:
             _apply(_moved, weight, iterate, average)
     for part in _parts(together, TOGETHER):
-        if sum(math.prod(average.shape) for average, _ in part) < SMALL:
+        elements = sum(math.prod(average.shape) for average, _ in part)
+        if len(part) > TOGETHER // 2 and elements < SMALL:
             for half in _parts(part, TOGETHER // 2):
                 _move_together(half, weight, ask_apart=True)
         else:
@@ -126,7 +127,7 @@ def _move_together(pairs, weight, ask_apart):
     kinds = [(tuple(a.shape), a.dtype, w.dtype) for a, w in pairs]
 
     def subtract(weight, averages, iterates):
-        alphas = {dtype: tf.cast(weight, dtype) for _, dtype, _ in kinds}
+        alphas = {dtype: tf.cast(weight, dtype) for dtype in {dtype for _, dtype, _ in kinds}}
         for kind, average, iterate in _each(kinds, averages, iterates):
             alpha = alphas[kind[1]]
             delta = _read(average, *kind[:2]) - _read_as(iterate, *kind)
@@ -135,7 +136,8 @@ def _move_together(pairs, weight, ask_apart):
     def take_care(weight, averages, iterates):
         for (shape, dtype, iterate_dtype), average, iterate in _each(kinds, averages, iterates):
             w = _read(iterate, shape, iterate_dtype)
-            _traced(_moved, 1, shape, dtype, iterate_dtype)(weight, w, average)
+            # Traced once for all shapes: what is seldom taken must not take long to trace.
+            _traced(_moved, 1, None, dtype, iterate_dtype)(weight, w, average)
 
     def ask(weight, averages, iterates):
         finite = _have_finite_sums(kinds, unpack(iterates))
