@@ -45,9 +45,10 @@ def fresh_keras(request):
 def mode(request, monkeypatch):
     """Arguments of `compile` for eager, graph and XLA execution."""
     if request.param == "graph":
-        # Some variables of a small model then move as large ones do, the others together.
+        # Some variables of a small model then move as large ones do, the others together, by twos.
         monkeypatch.setattr(moves, "LARGE", 16)
         monkeypatch.setattr(moves, "HUGE", 16)
+        monkeypatch.setattr(moves, "FEW", 2)
     return MODES[request.param]
 
 

@@ -261,10 +261,12 @@ class AsksItsAverage(PolyakModel):
         return keras.ops.sum(self.average_model(data[0], training=False)[:, 0])
 
 
+@pytest.mark.parametrize("few", [2, 32])
 @pytest.mark.parametrize("steps_per_execution", [1, 4])
 def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves(
-    steps_per_execution, batches, monkeypatch
+    steps_per_execution, few, batches, monkeypatch
 ):
+    monkeypatch.setattr(moves, "FEW", few)
     answers = []
     for mode in ({"run_eagerly": True}, {"steps_per_execution": steps_per_execution}):
         keras.utils.set_random_seed(1)
@@ -275,7 +277,7 @@ def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves
     assert len({*np.ravel(answers[0])}) > 6
 
 
-def test_many_small_variables_are_captured_as_one(batches, monkeypatch):
+def test_many_small_variables_are_captured_as_one(batches):
     model = PolyakModel(compile_classifier(make_classifier()), 0.9)
     model.fit(*batches, verbose=0)
     step = tf.function(lambda *data: model.train_step(data), autograph=False)

@@ -19,10 +19,11 @@ from polyak_model.backend.handles import pack, unpack
 LARGE = 2**14
 # and from this many on than to move together.
 HUGE = 2**17
-# More of them together would wait longer for the last iterate,
+# More of them together would wait longer for the last iterate.
 TOGETHER = 64
-# and half of them still less: that pays where all of them are fewer elements than this.
+# Where those have fewer elements in all than this, so many at a time are faster, and to ask apart.
 SMALL = 2**17
+FEW = 32
 
 
 def move(pairs, weight):
@@ -44,9 +45,9 @@ def move(pairs, weight):
             _apply(_moved, weight, iterate, average)
     for part in _parts(together, TOGETHER):
         elements = sum(math.prod(average.shape) for average, _ in part)
-        if len(part) > TOGETHER // 2 and elements < SMALL:
-            for half in _parts(part, TOGETHER // 2):
-                _move_together(half, weight, ask_apart=True)
+        if len(part) >= FEW and elements < SMALL:
+            for few in _parts(part, FEW):
+                _move_together(few, weight, ask_apart=True)
         else:
             _move_together(part, weight, ask_apart=False)
 
@@ -118,9 +119,9 @@ def _move_together(pairs, weight, ask_apart):
     Args:
         pairs: List of `(average, iterate)`.
         weight: Scalar float64 tensor.
-        ask_apart: Bool. Whether to ask for the sums in a function of its own,
-            which is faster; or right where the iterates come from, while
-            large ones are still in the cache of the processor.
+        ask_apart: Bool. Whether to ask for the sums in a function of its own;
+            or right where the iterates come from, while large ones are still
+            in the cache of the processor.
     """
     averages, iterates = zip(*pairs, strict=True)
     given = [weight, *(pack([v.handle for v in variables]) for variables in (averages, iterates))]

@@ -1,3 +1,4 @@
+import collections
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ MEANS = {
     "eager": (call, {"HUGE": 1}),
     "graph": (tf.function, {"HUGE": 1}),
     "graph, together": (tf.function, {}),
-    "graph, together, asked in place": (tf.function, {"SMALL": 1}),
+    "graph, together, asked apart": (tf.function, {"FEW": 1}),
     "compiled": (tf.function, {"LARGE": 1, "HUGE": 1}),
     "compiled, eager": (call, {"LARGE": 1, "HUGE": 1}),
     "compiled as a whole": (compile_whole, {}),
@@ -137,6 +138,7 @@ def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated, b
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_iterate_that_is_not_finite_keeps_no_other_from_moving(bad, compiler, monkeypatch):
     monkeypatch.setattr(moves, "TOGETHER", 4)
+    monkeypatch.setattr(moves, "FEW", max(moves.FEW, 2))
     pairs = [variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0]) for n in range(5)]
     compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
     moved = [a.numpy().tolist() for a, _ in pairs]
@@ -187,6 +189,17 @@ def test_averages_of_several_sizes_and_dtypes_move_together(compiler, monkeypatc
     compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
     for a, _ in pairs:
         np.testing.assert_array_equal(a.numpy(), np.full(a.shape, 0.25))
+
+
+@pytest.mark.parametrize(("size", "branches"), [(1, 3), (2**16, 1)])
+def test_a_part_of_small_averages_is_asked_apart_and_fewer_at_a_time(size, branches, monkeypatch):
+    monkeypatch.setattr(moves, "FEW", 2)
+    pairs = [variables(np.zeros(size), np.ones(size)) for _ in range(5)]
+    weight = tf.constant(0.25, "float64")
+    graph = tf.function(lambda: backend.move(pairs, weight)).get_concrete_function().graph
+    operations = collections.Counter(operation.type for operation in graph.get_operations())
+    assert operations["If"] == branches
+    assert operations["L2Loss"] == (0 if size == 1 else 1)
 
 
 @pytest.mark.parametrize("iterate_dtype", ["bfloat16", "float16", "float64"])
