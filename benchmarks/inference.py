@@ -35,7 +35,7 @@ from keras import ops
 from training_steps import DECAY, MODELS, ROUTES, timed
 
 from polyak_model import PolyakModel
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 TARGETS = {
     "average": 1.02,

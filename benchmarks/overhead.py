@@ -44,7 +44,7 @@ import overhead_growth
 import overhead_memory
 from training_steps import MODELS, VARIANTS, prepare, prepare_floor, take_turns, timed
 
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 __all__ = ["MODELS", "VARIANTS", "main", "prepare", "timed"]
 

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from polyak_model.demo import COLOURS
+from polyak_model.cli.demo.experiment import COLOURS
 
 GREY = "#999999"
 

@@ -26,7 +26,7 @@ import overhead_charts
 from keras import layers, ops
 from training_steps import prepare, prepare_floor, take_turns
 
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 WIDTH = 32
 VARIABLES = 8  # Where the number of parameters grows.

@@ -33,7 +33,7 @@ import overhead_charts
 import tensorflow as tf
 from training_steps import MODELS, prepare
 
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 WARMUP = 3
 STEPS = 6

@@ -39,7 +39,7 @@ import numpy as np
 import tensorflow as tf
 
 from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 LEARNING_RATE = 0.1
 GRADIENT_NOISE = 0.5

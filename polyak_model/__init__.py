@@ -7,6 +7,7 @@ import typing
 __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
+    from polyak_model.average.batch_norm import refresh_statistics
     from polyak_model.callbacks import AverageCheckpoint
     from polyak_model.model import PolyakModel
     from polyak_model.rules import (
@@ -17,7 +18,6 @@ if typing.TYPE_CHECKING:
         UniformAverage,
         rescale_decay,
     )
-    from polyak_model.statistics import refresh_statistics
 
 __all__ = [
     "AverageCheckpoint",
@@ -33,7 +33,7 @@ __all__ = [
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
     "PolyakModel": "polyak_model.model",
-    "refresh_statistics": "polyak_model.statistics",
+    "refresh_statistics": "polyak_model.average.batch_norm",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from polyak_model.cli import main
+from polyak_model.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

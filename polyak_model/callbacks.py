@@ -9,11 +9,11 @@ import warnings
 
 import keras
 
-from polyak_model.arguments import check_choice, check_integer
-from polyak_model.files.records import read_record, write_record
-from polyak_model.files.whole_files import written_whole
+from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
-from polyak_model.stored import size_in_file
+from polyak_model.saving.saveable_model import size_in_file
+from polyak_model.saving.score_record import read_record, write_record
+from polyak_model.weight_files.atomic_write import written_whole
 
 CONTENTS = ("average", "raw", "both")
 

@@ -9,20 +9,20 @@ import threading
 
 import numpy as np
 
-from polyak_model.arguments import InputError, is_number
-from polyak_model.files.averageable import (
+from polyak_model.errors import InputError, is_number
+from polyak_model.saving.wrapper_reader import check_plain
+from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
+from polyak_model.weight_files.compatibility import (
     check_alike,
     check_kinds,
     check_places,
     is_optimizer_state,
 )
-from polyak_model.files.batch_statistics import find_batch_statistics
-from polyak_model.files.refusals import refusal
-from polyak_model.files.stored_variables import cut
-from polyak_model.files.weight_files import open_weights
-from polyak_model.files.weight_writers import create_groups, create_variable, created_weights
-from polyak_model.files.whole_files import written_whole
-from polyak_model.files.wrapper_files import check_plain
+from polyak_model.weight_files.reader import open_weights
+from polyak_model.weight_files.refusal import refusal
+from polyak_model.weight_files.tensor import cut
+from polyak_model.weight_files.writer import create_groups, create_variable, created_weights
 
 # Larger ones take more memory, and smaller ones more time for Python than for the sums.
 _SLAB = 2**18

@@ -7,7 +7,7 @@ average; these are the weighted sums that come out of them.
 import itertools
 import math
 
-from polyak_model.arguments import check_decay, check_exponent
+from polyak_model.errors import check_decay, check_exponent
 
 
 def uniform(count):

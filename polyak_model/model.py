@@ -3,14 +3,24 @@
 import keras
 from keras import tree
 
-from polyak_model import backend, cloning, descriptions, probing, rules, statistics
-from polyak_model.arguments import check_choice
-from polyak_model.ensemble import check_combine
-from polyak_model.replicas import check_compilation, check_method, check_placement
-from polyak_model.routed import RoutedModel
-from polyak_model.routing import Router, check_report, check_route
-from polyak_model.shadow import Shadow
-from polyak_model.wrapping import check_clone_function, check_model, check_optimizers
+from polyak_model import backend, rules
+from polyak_model.average import batch_norm as statistics
+from polyak_model.average import clone_check as probing
+from polyak_model.average import cloning
+from polyak_model.average.shadow import Shadow
+from polyak_model.errors import check_choice
+from polyak_model.inference.ensemble import check_combine
+from polyak_model.inference.routed_model import RoutedModel
+from polyak_model.inference.router import Router, check_report, check_route
+from polyak_model.saving import description as descriptions
+from polyak_model.training_checks import (
+    check_clone_function,
+    check_compilation,
+    check_method,
+    check_model,
+    check_optimizers,
+    check_placement,
+)
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
@@ -206,7 +216,7 @@ class PolyakModel(RoutedModel):
     def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto"):
         """Recomputes the statistics of BatchNormalization in the average model by a pass over data.
 
-        What is computed, and how, `polyak_model.statistics.refresh_statistics`
+        What is computed, and how, `polyak_model.average.batch_norm.refresh_statistics`
         tells. Layers that are frozen in the raw model keep theirs. Training
         further moves them again, as `non_trainable` says; so do it before the
         average is evaluated or saved.

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from polyak_model.arguments import check_decay, check_exponent, check_integer, is_number
+from polyak_model.errors import check_decay, check_exponent, check_integer, is_number
 
 _PACKAGE = "polyak_model"
 

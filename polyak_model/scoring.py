@@ -7,9 +7,9 @@ import warnings
 import keras
 from keras import tree
 
-from polyak_model.arguments import InputError
-from polyak_model.files.refusals import in_one_line, refusal
-from polyak_model.files.safe_configs import check_config
+from polyak_model.errors import InputError
+from polyak_model.weight_files.refusal import in_one_line, refusal
+from polyak_model.weight_files.safe_config import check_config
 
 
 def load_model(path, config):

@@ -11,7 +11,7 @@ import typing
 
 import numpy as np
 
-from polyak_model.arguments import check_choice
+from polyak_model.errors import check_choice
 
 MODES = ("max", "min")
 

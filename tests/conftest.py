@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from polyak_model.backend import moves
+from polyak_model.backend.tensorflow import update as moves
 
 # A second logical device shows where variables are placed.
 tf.config.set_logical_device_configuration(

@@ -18,9 +18,9 @@ import h5py
 import numpy as np
 from weight_samples import CONFIG, TENSORS, WRITERS, write_hdf5, write_keras
 
-from polyak_model.arguments import InputError
 from polyak_model.checkpoints import average_files
-from polyak_model.files.weight_files import open_weights
+from polyak_model.errors import InputError
+from polyak_model.weight_files.reader import open_weights
 
 PATIENCE_SECONDS = 20
 NUMBERS = [0, 1, 7, 8, 2**15, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 16, 2**64 - 1]

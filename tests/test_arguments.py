@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from polyak_model import arguments
+from polyak_model import errors as arguments
 
 
 @pytest.mark.parametrize("value", [0, 0.5, np.float32(0.5), np.int64(3)])

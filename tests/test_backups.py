@@ -11,7 +11,7 @@ import pytest
 from models import make_compiled
 
 from polyak_model import PolyakModel
-from polyak_model.files.records import read_record
+from polyak_model.saving.score_record import read_record
 
 WORKER = pathlib.Path(__file__).with_name("kill_worker.py")
 

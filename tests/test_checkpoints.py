@@ -18,9 +18,9 @@ from hypothesis.extra import numpy as npst
 from weight_samples import CONFIG, TENSORS, WRITERS, write_hdf5, write_keras
 
 import polyak_model
-from polyak_model.arguments import InputError
 from polyak_model.checkpoints import average_files
-from polyak_model.files.weight_files import open_weights
+from polyak_model.errors import InputError
+from polyak_model.weight_files.reader import open_weights
 
 pytestmark = pytest.mark.without_keras
 DTYPES = ["float16", "bfloat16", "float32", "float64"]

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import polyak_model
-from polyak_model import cli
+from polyak_model.cli import app as cli
 
 FILES = ["average.keras", "history.csv", "history.png"]
 
@@ -94,7 +94,7 @@ def test_a_missing_file_is_told_in_one_line_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize("arguments", [["--data", "nowhere.npz"], ["--decay", "2"]])
 def test_bad_input_is_told_before_keras_is_imported(tmp_path, arguments):
     program = (
-        "import sys; from polyak_model.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from polyak_model.cli.app import main; code = main(sys.argv[1:]); "
         "print(sorted({'keras', 'tensorflow'} & set(sys.modules)), code)"
     )
     assert run_process(tmp_path, "-c", program, "demo", *arguments).stdout == "[] 2\n"

@@ -6,7 +6,8 @@ import pytest
 from keras import layers
 from models import LazyClassifier, compile_classifier, make_classifier
 
-from polyak_model import PolyakModel, UniformAverage, cloning
+from polyak_model import PolyakModel, UniformAverage
+from polyak_model.average import cloning
 
 
 def make_functional():

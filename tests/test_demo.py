@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from polyak_model import demo
-from polyak_model.images import load_images, split
+from polyak_model.cli.demo import experiment as demo
+from polyak_model.cli.demo.images import load_images, split
 
 METRICS = {f"{prefix}{name}" for prefix in demo.PREFIXES.values() for name in ("loss", "accuracy")}
 

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from polyak_model import UniformAverage, __version__, descriptions
+from polyak_model import UniformAverage, __version__
+from polyak_model.saving import description as descriptions
 
 
 def make_weights(*units):

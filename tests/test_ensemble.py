@@ -9,7 +9,7 @@ from models import trained
 from scipy.special import logsumexp
 
 from polyak_model import PolyakModel
-from polyak_model.ensemble import join
+from polyak_model.inference.ensemble import join
 
 LOGITS = st.lists(st.floats(-50, 50), min_size=3, max_size=3)
 

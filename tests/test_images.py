@@ -4,8 +4,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from polyak_model.arguments import InputError
-from polyak_model.images import load_images, split
+from polyak_model.cli.demo.images import load_images, split
+from polyak_model.errors import InputError
 
 IMAGES = np.arange(20 * 4 * 4, dtype="uint8").reshape(20, 4, 4)
 LABELS = np.arange(20) % 3

@@ -20,7 +20,7 @@ from models import (
 )
 
 from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
-from polyak_model.ensemble import join
+from polyak_model.inference.ensemble import join
 
 RULES = pytest.mark.parametrize("rule", closed_forms.RULES.values(), ids=closed_forms.RULES)
 FITTED = pytest.mark.parametrize(

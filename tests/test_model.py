@@ -12,7 +12,7 @@ from tensorflow.python.eager import context as eager_context
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from polyak_model import ExponentialAverage, PolyakModel, PowerAverage, UniformAverage
-from polyak_model.backend import moves
+from polyak_model.backend.tensorflow import update as moves
 
 ROUTES = ("average", "raw", "ensemble")
 

@@ -4,7 +4,7 @@ from keras import layers
 from models import make_classifier
 
 from polyak_model import PolyakModel, backend
-from polyak_model.partners import pair
+from polyak_model.average.pairing import pair
 
 
 def make_sorted():

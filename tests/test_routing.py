@@ -4,7 +4,8 @@ import pytest
 import tensorflow as tf
 from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier, trained
 
-from polyak_model import PolyakModel, routing
+from polyak_model import PolyakModel
+from polyak_model.inference import router as routing
 
 ROUTES = ("average", "raw", "ensemble")
 

@@ -9,7 +9,7 @@ import pytest
 from keras import layers
 from wrappers import INPUTS, TARGETS, make_functional, make_sequential
 
-from polyak_model.arguments import InputError
+from polyak_model.errors import InputError
 from polyak_model.scoring import Scorer, load_model
 
 DATA = (INPUTS, TARGETS)

@@ -16,7 +16,8 @@ import tensorflow as tf
 from keras import layers
 from models import CROSSENTROPY, LazyClassifier, assert_identical
 
-from polyak_model import PolyakModel, UniformAverage, shipping
+from polyak_model import PolyakModel, UniformAverage
+from polyak_model.inference import export as shipping
 
 ROUTES = ("average", "raw", "ensemble")
 # Other runtimes sum in another order: eight float32 roundings of probabilities, at most 1 each.

@@ -8,7 +8,7 @@ from keras import layers
 from models import assert_close, assert_identical, compile_classifier, make_classifier, trained
 
 from polyak_model import PolyakModel, UniformAverage
-from polyak_model.statistics import Pool, moments, refresh_statistics
+from polyak_model.average.batch_norm import Pool, moments, refresh_statistics
 
 
 def draw(*shape, seed=0):

@@ -10,8 +10,9 @@ import pytest
 from keras import layers
 from models import assert_identical, compile_classifier, make_classifier
 
-from polyak_model import PolyakModel, PowerAverage, descriptions
-from polyak_model.stored import size_in_file, state_variables
+from polyak_model import PolyakModel, PowerAverage
+from polyak_model.saving import description as descriptions
+from polyak_model.saving.saveable_model import size_in_file, state_variables
 
 FORMATS = pathlib.Path(__file__).with_name("formats")
 

@@ -25,7 +25,7 @@ from models import (
 )
 
 from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
-from polyak_model.backend import moves
+from polyak_model.backend.tensorflow import update as moves
 
 ROUTES = ("average", "raw", "ensemble")
 

@@ -21,7 +21,7 @@ from keras import layers
 from matplotlib.figure import Figure
 
 from polyak_model import PolyakModel, UniformAverage
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 STATISTICS = ("copied", "averaged", "refreshed", "raw model")
 COLOURS = ("#cc79a7", "#0072b2", "#009e73", "#d55e00")

@@ -34,7 +34,7 @@ from batches import Variant, profile_differences, variants
 from trajectories import COLOURS, shares, style, trajectories
 
 from polyak_model import ExponentialAverage, rescale_decay
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 RATE = 0.005  # gamma * lambda, and the noise of one example has variance 1
 DECAY = 0.999

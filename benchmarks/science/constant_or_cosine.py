@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from polyak_model import ExponentialAverage, PolyakModel, PowerAverage
-from polyak_model.commands.text_tables import format_table
-from polyak_model.demo import COLOURS
+from polyak_model.cli.demo.experiment import COLOURS
+from polyak_model.cli.tables import format_table
 
 METHODS = {
     "constant, raw": COLOURS["raw"],

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from polyak_model.images import load_images, split
+from polyak_model.cli.demo.images import load_images, split
 
 CLASSES = 10
 BATCH_SIZE = 32

@@ -41,7 +41,7 @@ from regressions import (
 from trajectories import COLOURS, shares, style, trajectories
 
 from polyak_model import ExponentialAverage, PolynomialAverage, UniformAverage
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 ETA = 3
 FIRST_RATES = (1 / 32, 1 / 8, 1 / 2, 2)

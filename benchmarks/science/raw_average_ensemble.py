@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from polyak_model import ExponentialAverage, PolyakModel
-from polyak_model.commands.text_tables import format_table
-from polyak_model.demo import COLOURS, PREFIXES
+from polyak_model.cli.demo.experiment import COLOURS, PREFIXES
+from polyak_model.cli.tables import format_table
 
 SCHEDULES = ("constant", "cosine")
 SHARES = (0.0, 0.4)

@@ -31,7 +31,7 @@ import tensorflow as tf
 from trajectories import COLOURS, style, trajectories
 
 from polyak_model import ExponentialAverage
-from polyak_model.commands.text_tables import format_table
+from polyak_model.cli.tables import format_table
 
 TARGET = 0.03
 BETWEEN = 2

@@ -9,8 +9,7 @@ if keras.backend.backend() != "tensorflow":
         "before Keras is imported."
     )
 
-from polyak_model.backend.moves import move, move_compensated
-from polyak_model.backend.replicas import (
+from polyak_model.backend.tensorflow.strategies import (
     device,
     local_replicas,
     on_each_replica,
@@ -23,7 +22,7 @@ from polyak_model.backend.replicas import (
     synchronize,
     waits_for_replicas,
 )
-from polyak_model.backend.tensorflow import (
+from polyak_model.backend.tensorflow.trainer import (
     apart,
     assign,
     compiled,
@@ -40,6 +39,7 @@ from polyak_model.backend.tensorflow import (
     traces_for_export,
     when,
 )
+from polyak_model.backend.tensorflow.update import move, move_compensated
 
 __all__ = [
     "apart",

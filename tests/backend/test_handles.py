@@ -4,7 +4,7 @@ import weakref
 import pytest
 import tensorflow as tf
 
-from polyak_model.backend import handles
+from polyak_model.backend.tensorflow import packed_handles as handles
 
 
 @pytest.fixture

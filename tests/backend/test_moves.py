@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyak_model import PolyakModel, backend
-from polyak_model.backend import moves
+from polyak_model.backend.tensorflow import update as moves
 
 # TensorFlow's kernels flush subnormal numbers to zero.
 FLOATS = st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=4, max_size=4)

@@ -1,0 +1,280 @@
+"""Statistics of BatchNormalization that fit the weights, measured by a pass over data."""
+
+import contextlib
+import warnings
+
+import keras
+from keras import ops, tree
+
+from polyak_model import backend
+from polyak_model.average import cloning
+from polyak_model.average.clone_check import forward
+
+
+def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="auto"):
+    """Recomputes the moving mean and variance of each BatchNormalization layer of a model.
+
+    Averaged weights send other numbers into these layers than any iterate did,
+    so that averaged statistics do not fit them. With all n inputs of a layer,
+    over all axes but that of the channels and leaving out masked ones,
+
+        mean = sum(x) / n,    variance = sum((x - mean)**2) / n
+
+    exactly, pooled in float64 over batches of any sizes. During the pass each
+    of these layers normalizes with the statistics of the batch at hand, as in
+    training; hence a layer behind another one is measured on what that one
+    sends out in training, and with one batch of all data on what it sends out
+    afterwards. Everything else runs as in `predict`: dropout is off.
+
+    Layers with `trainable=False` keep their statistics, as they do in training.
+    No other weight changes. If the pass fails or is interrupted, none does.
+
+    Args:
+        model: A built `keras.Model`.
+        data: What the model takes: arrays, a `tf.data.Dataset`, a generator or
+            a `keras.utils.PyDataset`, with targets and sample weights or
+            without; they are ignored. It should be training data, without
+            augmentation.
+        steps: Int, how many batches to take. Defaults to None: all.
+        batch_size: Int, examples per batch of arrays. Defaults to None: 32.
+        verbose: `"auto"`, 0 for silence, 1 for a progress bar or 2 for a line.
+
+    Raises:
+        ValueError: If there is no data, or it leads to statistics that are
+            infinite or not a number.
+
+    Example:
+
+    >>> import numpy as np
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+    >>> refresh_statistics(model, np.array([[1.0], [2.0], [6.0]]), batch_size=2, verbose=0)
+    >>> model.layers[0].moving_mean.numpy(), model.layers[0].moving_variance.numpy()
+    (array([3.], dtype=float32), array([4.6666665], dtype=float32))
+
+    Reference:
+        Izmailov et al. 2018, Averaging weights leads to wider optima, section
+        3.2. `torch.optim.swa_utils.update_bn` normalizes by batch during its
+        pass, too, but weighs batches alike whatever their sizes, leaves out what
+        varies between their means, and runs with dropout.
+    """
+    layers = find_layers(model)
+    if layers:
+        backend.assign(measure(model, layers, data, steps, batch_size=batch_size, verbose=verbose))
+    elif verbose:
+        print(nothing_to_refresh(model))
+
+
+def find_layers(model, trained=None):
+    """Returns the BatchNormalization layers of a model that are not frozen, nested ones too.
+
+    Args:
+        model: A `keras.Model`.
+        trained: A model of the same architecture, whose layers tell which are
+            frozen. Defaults to None: `model`.
+    """
+    pairs = zip(_all_layers(model), _all_layers(trained or model), strict=True)
+    return [layer for layer, other in pairs if other.trainable]
+
+
+def _all_layers(model):
+    kind = keras.layers.BatchNormalization
+    return list(dict.fromkeys(x for x in model._flatten_layers() if isinstance(x, kind)))
+
+
+def nothing_to_refresh(model):
+    """Says why a model has no statistics to refresh, in a sentence.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    if _all_layers(model):
+        return f"The BatchNormalization layers of '{model.name}' are frozen and stay as they are."
+    return f"The model '{model.name}' has no BatchNormalization layer: nothing to refresh."
+
+
+def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto"):
+    """Measures what `refresh_statistics` assigns, and leaves the model as it was.
+
+    Args:
+        model: A built `keras.Model`.
+        layers: Some of its BatchNormalization layers.
+        data: As in `refresh_statistics`, like all that follows.
+        steps: Int or None.
+        batch_size: Int or None.
+        verbose: `"auto"`, 0, 1 or 2.
+
+    Returns:
+        List of pairs of a variable and its value, for the layers that data
+        reached.
+
+    Raises:
+        ValueError: As in `refresh_statistics`.
+    """
+    # Of an empty array Keras makes up a batch.
+    if any(0 in getattr(leaf, "shape", ())[:1] for leaf in tree.flatten(data)):
+        raise _nothing_read(data)
+    pools = [Pool(layer.moving_mean.shape) for layer in layers]
+    with _state_kept(model), contextlib.ExitStack() as stack:
+        for layer, pool in zip(layers, pools, strict=True):
+            stack.enter_context(_normalizing_by_batch(layer, pool))
+        reader = _Reader(lambda x: forward(model, x))
+        reader.compile(run_eagerly=model.run_eagerly, jit_compile=False)
+        with warnings.catch_warnings():
+            if steps is None:
+                # To read all that there is, is what was asked for.
+                warnings.filterwarnings("ignore", message="Your input ran out of data")
+            reader.evaluate(data, batch_size=batch_size, steps=steps, verbose=verbose)
+    if not any(pool.seen() for pool in pools):
+        raise _nothing_read(data)
+    values = []
+    for layer, pool in zip(layers, pools, strict=True):
+        if pool.seen():
+            pool.check_finite(layer.name)
+            values.append((layer.moving_mean, pool.mean))
+            values.append((layer.moving_variance, pool.variance()))
+    return values
+
+
+def _nothing_read(data):
+    return ValueError(
+        "`data` must hold at least one example that reaches a BatchNormalization layer. Received: "
+        f"data={data!r}, which holds none. A generator that was used before is empty; make a new "
+        "one."
+    )
+
+
+class Pool:
+    """The mean and variance of many batches, as if they were one, in float64.
+
+    Args:
+        shape: Shape of the mean.
+
+    Example:
+
+    >>> pool = Pool((1,))
+    >>> pool.add(*moments(ops.convert_to_tensor([[1.0], [2.0]]), axis=-1))
+    >>> pool.add(*moments(ops.convert_to_tensor([[6.0]]), axis=-1))
+    >>> float(pool.mean[0]), round(float(pool.variance()[0]), 6)
+    (3.0, 4.666667)
+
+    Reference:
+        Chan, Golub & LeVeque 1983, Algorithms for computing the sample variance,
+        equation 2.1.
+    """
+
+    def __init__(self, shape):
+        # With autocast, a layer in half precision would be read them in half precision.
+        settings = {"dtype": "float64", "trainable": False, "autocast": False}
+        self.count, self.mean, self._squares = (
+            keras.Variable("zeros", shape, **settings) for _ in range(3)
+        )
+
+    def add(self, count, mean, variance):
+        """Adds a batch.
+
+        Args:
+            count: How many numbers each entry of `mean` is the mean of, a
+                float64 tensor like `mean`.
+            mean: Their mean.
+            variance: Their variance.
+        """
+        before = ops.convert_to_tensor(self.count)
+        total = before + count
+        share = ops.divide_no_nan(count, total)
+        away = mean - self.mean
+        self._squares.assign_add(count * variance + before * share * away**2)
+        self.mean.assign_add(share * away)
+        self.count.assign(total)
+
+    def variance(self):
+        """Returns the variance of everything added."""
+        return ops.divide_no_nan(ops.convert_to_tensor(self._squares), self.count)
+
+    def seen(self):
+        """Tells whether anything was added."""
+        return bool(ops.any(self.count > 0))
+
+    def check_finite(self, name):
+        """Raises `ValueError` if the statistics are infinite or not a number.
+
+        Args:
+            name: Of the layer, for the message.
+        """
+        if not bool(ops.all(ops.isfinite(self.mean)) & ops.all(ops.isfinite(self._squares))):
+            raise ValueError(
+                f"The statistics of the layer '{name}' must be finite. Received: data or weights "
+                "that lead to numbers that are infinite or none. The old statistics stand; remove "
+                "such examples."
+            )
+
+
+def moments(inputs, axis, mask=None):
+    """Computes the mean and variance of each channel in float64.
+
+    Args:
+        inputs: Tensor.
+        axis: Int, the axis of the channels.
+        mask: Boolean tensor of one axis less than `inputs`, False for what does
+            not count. Defaults to None.
+
+    Returns:
+        Tuple of the count, the mean and the variance, tensors of shape
+        (channels,); of nothing they are 0.
+    """
+    x = ops.cast(inputs, "float64")
+    others = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
+    # Selecting, since a product with 0 would pass on what is masked and not a number.
+    counted = ops.ones_like(x, "bool")
+    if mask is not None:
+        counted = counted & ops.cast(ops.expand_dims(mask, -1), "bool")
+    count = ops.sum(ops.cast(counted, "float64"), others, keepdims=True)
+    mean = ops.divide_no_nan(ops.sum(ops.where(counted, x, 0.0), others, keepdims=True), count)
+    squares = ops.sum(ops.where(counted, x - mean, 0.0) ** 2, others, keepdims=True)
+    variance = ops.divide_no_nan(squares, count)
+    return tuple(ops.reshape(value, [-1]) for value in (count, mean, variance))
+
+
+@contextlib.contextmanager
+def _normalizing_by_batch(layer, pool):
+    """While open, a layer normalizes with the statistics of each batch, and pools them."""
+    call = layer.call
+
+    def measured(inputs, training=None, mask=None):
+        count, mean, variance = moments(inputs, layer.axis, mask)
+        pool.add(count, mean, variance)
+        backend.assign([(layer.moving_mean, mean), (layer.moving_variance, variance)])
+        return call(inputs, training=False, **({} if mask is None else {"mask": mask}))
+
+    # Keras offers no way to listen to a layer inside a model.
+    layer.call = measured
+    try:
+        yield
+    finally:
+        del layer.call
+
+
+@contextlib.contextmanager
+def _state_kept(model):
+    """On leaving, what a forward pass may change is as it was: statistics, states, seeds."""
+    variables = [*cloning.untrained_weights(model), *cloning.seed_states(model)]
+    values = [ops.copy(variable) for variable in variables]
+    try:
+        yield
+    finally:
+        backend.assign(zip(variables, values, strict=True))
+
+
+class _Reader(keras.Model):
+    """Lets Keras read data of any kind, with its progress bar, and hands each batch on."""
+
+    def __init__(self, read):
+        super().__init__()
+        self._read = read
+        self._examples = self.add_weight(dtype="int64", initializer="zeros", trainable=False)
+        self.built = True
+
+    def test_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self._read(x)
+        self._examples.assign_add(ops.cast(ops.shape(tree.flatten(x)[0])[0], "int64"))
+        return {"examples": ops.convert_to_tensor(self._examples)}

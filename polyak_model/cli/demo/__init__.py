@@ -1,0 +1,1 @@
+"""`polyak-model demo`."""

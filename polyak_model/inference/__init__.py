@@ -1,0 +1,1 @@
+"""Which model evaluates and predicts: the average, the raw model or both."""

@@ -1,0 +1,169 @@
+"""A model whose files are written whole, and loaded wholly or not at all."""
+
+import contextlib
+import math
+import os
+
+import keras
+import ml_dtypes  # noqa: F401  So that NumPy knows bfloat16.
+import numpy as np
+
+from polyak_model import backend
+from polyak_model.errors import InputError
+from polyak_model.saving import description as descriptions
+from polyak_model.saving.backup_and_restore import Backups
+from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.reader import open_weights
+
+
+class StoredModel(keras.Model):
+    """Saves and loads as any Keras model does, and loses nothing when that fails."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._backups = Backups()
+
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        """Saves both models, the optimizer, the step and the rule, as `keras.Model.save` does.
+
+        The file is written whole or not at all: whatever fails, what lay at
+        `filepath` before stays.
+
+        Args:
+            filepath: Path that ends with `.keras`.
+            overwrite: Bool. Whether to replace a file without asking. Defaults
+                to True.
+            zipped: As in `keras.Model.save`. Defaults to None.
+            **kwargs: As in `keras.Model.save`.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        save = super().save
+        if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
+            save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+        else:
+            with written_whole(filepath, size_in_file(self)) as partial:
+                save(partial, **kwargs)
+
+    def save_weights(self, filepath, overwrite=True, **kwargs):
+        """Saves the weights of both models, the optimizer and the step, in `.weights.h5`.
+
+        The file is written whole or not at all. Sharded files are written by
+        Keras, one after the other.
+
+        Args:
+            filepath: Path that ends with `.weights.h5`.
+            overwrite: Bool. Whether to replace a file without asking. Defaults
+                to True.
+            **kwargs: As in `keras.Model.save_weights`.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        save_weights = super().save_weights
+        if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
+            save_weights(filepath, overwrite=overwrite, **kwargs)
+        else:
+            with written_whole(filepath, size_in_file(self)) as partial:
+                save_weights(partial)
+                self._backups.record(filepath, partial)
+
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """Loads what `save` or `save_weights` wrote: both models, optimizer, step and seeds.
+
+        Args:
+            filepath: Path of a `.weights.h5`, `.weights.json` or `.keras` file.
+            skip_mismatch: As in `keras.Model.load_weights`. Defaults to False.
+            **kwargs: As in `keras.Model.load_weights`.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it holds no average, or another architecture, or a
+                newer version of this package wrote it. Whatever is raised, the
+                model is as before.
+        """
+        self._check_built("load_weights")
+        if os.path.isfile(filepath):
+            self._check_file(filepath, skip_mismatch)
+        with self._unchanged_on_failure():
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
+    def _check_file(self, filepath, skip_mismatch):
+        try:
+            with open_weights(filepath) as file:
+                paths = tuple(file.variables)
+                described = [path for path in paths if path.endswith(f"/vars/{descriptions.KEY}")]
+                arrays = [file.variables[path].read() for path in described]
+        except InputError as error:
+            # As Keras does, so that BackupAndRestore falls back on an older file.
+            raise OSError(str(error)) from error
+        if not any(path.startswith("average_model/") for path in paths):
+            raise ValueError(
+                f"{str(filepath)!r} holds no average: it was saved from a plain model. Load it "
+                "into the raw model, model.raw_model.load_weights(...), and forget the past with "
+                "model.reset_average()."
+            )
+        for array in arrays:
+            try:
+                description = descriptions.decode(array)
+                if not skip_mismatch:
+                    descriptions.check_weights(description, self.raw_model.weights)
+            except ValueError as error:
+                raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
+        # Keras loads no state into an optimizer that has none yet.
+        saved = [path for path in paths if path.startswith("layers/") and "/optimizer/" in path]
+        if (
+            self.compiled
+            and self.optimizer is not None
+            and len(saved) > len(self.optimizer.variables)
+        ):
+            self._build_optimizer()
+
+    @contextlib.contextmanager
+    def _unchanged_on_failure(self):
+        variables = state_variables(self)
+        values = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        run = self.shadow.run
+        try:
+            yield
+        except BaseException:
+            backend.assign(zip(variables, values, strict=True))
+            self.shadow.run = run
+            raise
+
+
+def state_variables(model):
+    """Returns all variables that Keras saves with a model, and its seeds.
+
+    Args:
+        model: A `keras.Model`; optimizers of its own making are found, too.
+    """
+    kind = keras.optimizers.Optimizer
+    owned = [value for part in model._flatten_layers() for value in vars(part).values()]
+    optimizers = [value for value in owned if isinstance(value, kind)]
+    variables = [variable for optimizer in optimizers for variable in optimizer.variables]
+    found = [*model.variables, *model.metrics_variables, *variables]
+    return list({id(variable): variable for variable in found}.values())
+
+
+def size_in_file(model):
+    """Returns how many bytes a file of a model takes, at most: an int.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    overhead = 4096  # HDF5 and the config add less to each variable.
+    sizes = [
+        math.prod(variable.shape) * np.dtype(str(variable.dtype)).itemsize
+        for variable in state_variables(model)
+    ]
+    return sum(sizes) + overhead * (len(sizes) + 16)
+
+
+def _is_written_here(filepath, ending, overwrite):
+    # The rest is Keras's: remote places, endings it refuses, and asking before it overwrites.
+    is_local = "://" not in str(filepath)
+    return (
+        is_local and str(filepath).endswith(ending) and (overwrite or not os.path.exists(filepath))
+    )

@@ -1,0 +1,198 @@
+"""Weight files of Keras, opened without Keras and without trust in who wrote them."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import stat
+
+import h5py
+
+from polyak_model.weight_files.guarded_file import GuardedFile
+from polyak_model.weight_files.hdf5_listing import list_variables
+from polyak_model.weight_files.keras_archive import (
+    CONFIG,
+    METADATA,
+    WEIGHTS,
+    open_archive,
+    open_member,
+    parse_json,
+    read_json,
+)
+from polyak_model.weight_files.refusal import DAMAGE, in_one_line, refusal, system_error
+
+ENDINGS = (".weights.h5", ".keras", ".weights.json")
+_LONGEST_MAP = 32 * 2**20
+
+
+@dataclasses.dataclass
+class WeightFile:
+    """What `open_weights` finds in a file.
+
+    Attributes:
+        path: The path as it was given.
+        kind: The ending: one of `ENDINGS`.
+        variables: A dict from the path inside, such as `layers/dense/vars/0`,
+            to a variable: `name`, `shape`, `dtype` (as Keras names it),
+            `nbytes` and `read()`.
+        attributes: A dict from the path of each group inside to its attributes,
+            a dict; the outermost group is "".
+        config: What config.json says, a dict; None unless a `.keras` file.
+        metadata: What metadata.json says, a dict; None unless a `.keras` file.
+        archive: The open `zipfile.ZipFile`; None unless a `.keras` file.
+        places: The files that it is made of: `path`, and the shards that it
+            names.
+    """
+
+    path: os.PathLike | str
+    kind: str
+    variables: dict
+    attributes: dict
+    config: dict | None = None
+    metadata: dict | None = None
+    archive: object = None
+    places: tuple = ()
+
+    def __post_init__(self):
+        self.places = (self.path, *self.places)
+
+
+@contextlib.contextmanager
+def open_weights(path):
+    """Opens a file that Keras saved, and checks everything but the numbers.
+
+    No code from the file is run, nothing is unpickled, and no other file is
+    opened, except the shards beside a `.weights.json` file that it names.
+
+    Args:
+        path: A file that ends in `.weights.h5`, `.keras` or `.weights.json`.
+
+    Yields:
+        A `WeightFile`; its variables can be read until the file is closed.
+
+    Raises:
+        InputError: If the file is missing, damaged or holds what no weight file
+            of Keras does.
+
+    Example:
+
+    >>> import tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "model.weights.h5")
+    >>> with h5py.File(path, "w") as file:
+    ...     file["layers/dense/vars/0"] = [0.5, 1.5]
+    >>> with open_weights(path) as weights:
+    ...     {name: variable.read() for name, variable in weights.variables.items()}
+    {'layers/dense/vars/0': array([0.5, 1.5])}
+    """
+    opener = _OPENERS[find_kind(path)]
+    _check_is_file(path)
+    with opener(path) as weights:
+        yield weights
+
+
+def find_kind(path):
+    """Returns the one of `ENDINGS` that `path` has, or raises `InputError`."""
+    kind = next((ending for ending in ENDINGS if str(path).endswith(ending)), None)
+    if kind is None:
+        expected = ", ".join(ENDINGS)
+        raise refusal(
+            path, f"its name must end in one of {expected}", "Save it with Keras under such a name"
+        )
+    return kind
+
+
+def _check_is_file(path):
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise system_error(path, error) from error
+    # Reading a pipe could wait for ever.
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise refusal(path, f"it is {kind}", "Name a file that Keras saved")
+
+
+@contextlib.contextmanager
+def _open_hdf5(path):
+    with _listed_file(path) as (variables, attributes):
+        yield WeightFile(path, ".weights.h5", variables, attributes)
+
+
+@contextlib.contextmanager
+def _open_keras(path):
+    with contextlib.ExitStack() as stack:
+        archive = stack.enter_context(open_archive(path))
+        config, metadata = (read_json(archive, name, path) for name in (CONFIG, METADATA))
+        member = stack.enter_context(open_member(archive, WEIGHTS, path))
+        variables, attributes = stack.enter_context(_listed(member, path))
+        yield WeightFile(path, ".keras", variables, attributes, config, metadata, archive)
+
+
+@contextlib.contextmanager
+def _open_shards(path):
+    shards = _read_weight_map(path)
+    variables, attributes, places = {}, {}, set()
+    with contextlib.ExitStack() as stack:
+        for shard in sorted({shard for shard, _ in shards}):
+            place = pathlib.Path(path).with_name(shard)
+            _check_is_file(place)
+            found, groups = stack.enter_context(_listed_file(place))
+            for name in found.keys() & variables.keys():
+                raise refusal(path, f"{name!r} is in two of its shards")
+            variables |= found
+            attributes |= {name: groups[name] | attributes.get(name, {}) for name in groups}
+            places |= {(shard, name.rpartition("/")[0]) for name in found}
+        for shard, group in sorted(places ^ shards):
+            raise refusal(
+                path, f"it and its shard {shard!r} disagree about {group!r}", "Copy all shards anew"
+            )
+        places = [pathlib.Path(path).with_name(shard) for shard, _ in shards]
+        yield WeightFile(path, ".weights.json", variables, attributes, places=places)
+
+
+_OPENERS = dict(zip(ENDINGS, (_open_hdf5, _open_keras, _open_shards), strict=True))
+
+
+def _read_weight_map(path):
+    """Reads which group lies in which shards: a set of pairs (shard, group)."""
+    if os.path.getsize(path) > _LONGEST_MAP:
+        raise refusal(path, f"it is longer than {_LONGEST_MAP:,} bytes")
+    try:
+        text = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise system_error(path, error) from error
+    weight_map = parse_json(text, "it", path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise refusal(path, "it has no `weight_map`")
+    pairs = set()
+    for group, shards in weight_map.items():
+        for shard in shards if isinstance(shards, list) else [shards]:
+            if not isinstance(shard, str) or not shard.endswith(".weights.h5"):
+                raise refusal(path, f"it names {in_one_line(shard)!r}, which is no shard")
+            if os.path.basename(shard) != shard or "\\" in shard or "\0" in shard:
+                raise refusal(path, f"it names {in_one_line(shard)!r}, which lies elsewhere")
+            pairs.add((shard, group.strip("/")))
+    return pairs
+
+
+@contextlib.contextmanager
+def _listed_file(path):
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise system_error(path, error) from error
+        yield stack.enter_context(_listed(GuardedFile(file), path))
+
+
+@contextlib.contextmanager
+def _listed(guarded, source):
+    try:
+        file = h5py.File(guarded, "r")
+    except DAMAGE as error:
+        raise refusal(source, f"it is no HDF5 file or damaged ({in_one_line(error)})") from error
+    with file:
+        variables, attributes = list_variables(file, guarded, source)
+        if not any(variable.needs_hdf5 for variable in variables.values()):
+            file.close()
+        yield variables, attributes

@@ -1,0 +1,101 @@
+import os
+import pathlib
+import shutil
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from wrappers import INPUTS, make_wrapper
+
+
+@pytest.fixture(scope="module")
+def wrapper():
+    """A wrapper."""
+    return make_wrapper("sequential")
+
+
+@pytest.fixture(scope="module")
+def saved(wrapper, tmp_path_factory):
+    """A folder with its files."""
+    folder = tmp_path_factory.mktemp("files")
+    wrapper.save(folder / "wrapper.keras")
+    wrapper.save_weights(folder / "wrapper.weights.h5")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def files(saved, tmp_path):
+    """They are in the working directory."""
+    for path in saved.iterdir():
+        shutil.copy(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "route"),
+    [([], "average"), (["--contents", "average"], "average"), (["--contents", "raw"], "raw")],
+)
+def test_the_written_model_predicts_as_the_route_does(wrapper, run, options, route):
+    assert run("extract", "wrapper.keras", *options, "-o", "out.keras") == "Written: out.keras\n"
+    loaded = keras.models.load_model("out.keras")
+    np.testing.assert_array_equal(
+        loaded.predict(INPUTS, verbose=0), wrapper.predict(INPUTS, verbose=0, using=route)
+    )
+
+
+@pytest.mark.parametrize("source", ["wrapper.keras", "wrapper.weights.h5"])
+def test_the_written_weights_are_those_of_the_model(wrapper, run, source):
+    run("extract", source, "--contents", "raw", "--output", "out.weights.h5")
+    weights = pathlib.Path("out.weights.h5")
+    model = keras.models.clone_model(wrapper.raw_model)
+    model.load_weights(weights)
+    for array, original in zip(model.get_weights(), wrapper.raw_model.get_weights(), strict=True):
+        np.testing.assert_array_equal(array, original)
+
+
+def test_a_file_of_that_name_is_replaced(run):
+    pathlib.Path("out.keras").write_text("before")
+    run("extract", "wrapper.keras", "-o", "out.keras")
+    assert keras.models.load_model("out.keras").built
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["wrapper.keras"], "Missing option '--output'"),
+        (["wrapper.keras", "-o", "out.h5"], "`--output` must be a .keras or .weights.h5 file"),
+        (["wrapper.weights.h5", "-o", "out.keras"], "`--output` must be a .weights.h5 file"),
+        (["wrapper.keras", "-o", "no/out.keras"], "but there is no folder 'no'. Choose another"),
+        (["wrapper.keras", "-o", "wrapper.keras"], "which is the file that is read"),
+        (["wrapper.keras", "-o", "./link.keras"], "which is the file that is read"),
+        (["wrapper.keras", "-o", "folder.keras"], "'folder.keras', which is a folder"),
+        (["wrapper.keras", "-o", "a.keras", "--contents", "both"], "Received: 'both'. Try --cont"),
+        (["none.keras", "-o", "out.keras"], "'none.keras': the system says: No such file"),
+        (["out.csv", "-o", "out.keras"], "its name must end in one of"),
+        (["plain.weights.h5", "-o", "out.weights.h5"], "'plain.weights.h5': it holds no average"),
+        (["broken.keras", "-o", "out.keras"], "'broken.keras'"),
+    ],
+)
+def test_what_cannot_be_extracted_is_refused(refused, arguments, expected):
+    os.symlink("wrapper.keras", "link.keras")
+    os.mkdir("folder.keras")
+    with h5py.File("plain.weights.h5", "w") as file:
+        file["layers/dense/vars/0"] = 1.0
+    content = pathlib.Path("wrapper.keras").read_bytes()
+    pathlib.Path("broken.keras").write_bytes(content[: len(content) // 2])
+    assert expected in refused("extract", *arguments)
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert "'.' may not be written to" in refused("extract", "wrapper.keras", "-o", "out.keras")
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("full")])
+def test_a_file_that_cannot_be_written_is_told_in_one_line(refused, monkeypatch, failure):
+    def fail(*arguments):
+        raise failure
+
+    monkeypatch.setattr("polyak_model.saving.extraction.create_groups", fail)
+    line = refused("extract", "wrapper.keras", "-o", "out.keras")
+    assert str(failure.args[-1]) in line

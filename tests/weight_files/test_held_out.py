@@ -1,0 +1,69 @@
+import zipfile
+
+import numpy as np
+import pytest
+
+from polyak_model.errors import InputError
+from polyak_model.weight_files.held_out_data import load_held_out
+
+X, Y = np.arange(6.0).reshape(3, 2), np.arange(3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    """Nothing here depends on the state of Keras, which takes long to clear."""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Saves arrays and loads them."""
+
+    def load(**arrays):
+        np.savez(tmp_path / "data.npz", **arrays)
+        return load_held_out(tmp_path / "data.npz")
+
+    return load
+
+
+def test_inputs_and_targets_are_loaded_as_they_are(load):
+    x, y = load(x=X, y=Y, other=np.zeros(9))
+    np.testing.assert_array_equal(x, X)
+    np.testing.assert_array_equal(y, Y)
+
+
+def test_numbered_arrays_are_lists_in_their_order(load):
+    x, y = load(**{f"x{i}": X + i for i in range(11)}, y=Y)
+    assert [array[0, 0] for array in x] == list(range(11))
+    np.testing.assert_array_equal(y, Y)
+    assert type(load(x=X, y0=Y)[1]) is list
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"y": Y}, "which lacks `x` and has ['y']. Name the arrays: numpy.savez(file, x=inputs"),
+        ({"x": X}, "which lacks `y`"),
+        ({"x1": X, "y": Y}, "which lacks `x`"),
+        ({"x": X, "y": Y[:2]}, "with 3 in `x`, 2 in `y` examples"),
+        ({"x": X[:0], "y": Y[:0]}, "with 0 in `x`, 0 in `y` examples"),
+        ({"x": X, "y": np.float32(1)}, "with 3 in `x`, 0 in `y` examples"),
+        ({"x": X, "y": np.array(["a", "b", "c"])}, "where `y` has dtype <U1. Convert it"),
+    ],
+)
+def test_arrays_that_cannot_be_scored_are_refused(load, arrays, problem):
+    with pytest.raises(InputError) as caught:
+        load(**arrays)
+    assert "`--data` must be an .npz file of held-out data" in str(caught.value)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_no_archive_of_arrays_is_named(tmp_path):
+    path = tmp_path / "data.npz"
+    with pytest.raises(InputError, match="data.npz', which does not exist. Check the path."):
+        load_held_out(path)
+    np.savez(path, y=Y)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x", "text")
+    with pytest.raises(InputError, match="where `x` has dtype"):
+        load_held_out(path)
