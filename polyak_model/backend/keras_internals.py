@@ -1,0 +1,158 @@
+"""The private parts of Keras that every backend shares, each behind a function of our own.
+
+Nothing outside `backend/` reads an underscored attribute of Keras. The test
+`tests/backend/test_private_parts.py` lists what is used here, and names what a
+new version of Keras lacks.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+from keras.src.models import Functional
+
+_penalizing = contextvars.ContextVar("penalizing", default=False)
+
+
+def flatten_layers(layer, include_self=True):
+    """Returns a layer and all layers inside it, at any depth.
+
+    Args:
+        layer: A `keras.Layer`.
+        include_self: Bool. Whether to begin with `layer` itself. Defaults to
+            True.
+
+    Returns:
+        A list of `keras.Layer`.
+    """
+    return list(layer._flatten_layers(include_self=include_self))
+
+
+def forward(model, x):
+    """Calls a model as `predict` does, with `training=False` where it takes that.
+
+    Args:
+        model: A `keras.Model`.
+        x: Its inputs.
+    """
+    return model(x, training=False) if model._call_has_training_arg else model(x)
+
+
+def is_functional(model):
+    """Returns whether Keras puts a model together from a graph of layers."""
+    return isinstance(model, (keras.Sequential, Functional))
+
+
+def clear_losses(layer):
+    """Forgets what `add_loss` collected in a layer during its last call."""
+    layer._clear_losses()
+
+
+def untrained_weights(model):
+    """Returns the weights of a model that no optimizer would train, frozen or not.
+
+    Args:
+        model: A `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    >>> model.trainable = False
+    >>> [weight.name for weight in untrained_weights(model)]
+    ['moving_mean', 'moving_variance']
+    """
+    # A frozen layer marks all its weights untrainable, so `weight.trainable` does not tell a
+    # moving mean from a frozen kernel. Where the layer tracks them does.
+    return [v for layer in flatten_layers(model) for v in layer._non_trainable_variables]
+
+
+def seed_states(model):
+    """Returns the variables of a model's random generators, which Keras leaves out of files.
+
+    Args:
+        model: A `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.layers.Dropout(0.5, seed=3)])
+    >>> [tuple(map(int, state.numpy())) for state in seed_states(model)]
+    [(3, 0)]
+    """
+    generators = [g for layer in flatten_layers(model) for g in layer._seed_generators]
+    return list({id(generator): generator.state for generator in generators}.values())
+
+
+def compilation(model):
+    """Returns what a model was last compiled with, an object that each `compile` makes anew."""
+    return model._compile_config
+
+
+def compile_arguments(model):
+    """Returns the arguments of `keras.Model.compile` that a model was compiled with, a dict."""
+    return dict(model._compile_config.config)
+
+
+def loss_tracker(model):
+    """Returns the metric that holds the mean loss of a compiled model."""
+    return model._loss_tracker
+
+
+def lacks_metrics(model):
+    """Returns whether a compiled model creates metrics at its first batch."""
+    parts = (model._compile_metrics, model._compile_loss)
+    return any(part is not None and not part.built for part in parts)
+
+
+def metric_direction(metric):
+    """Returns whether a larger value of a metric is better, "max", or a smaller, "min"; or None."""
+    return {"up": "max", "down": "min"}.get(getattr(metric, "_direction", None))
+
+
+@contextlib.contextmanager
+def lent_validation_data(owner, borrower):
+    """Lets another model use the validation data that `fit` keeps on the model that it trains.
+
+    Args:
+        owner: The `keras.Model` that is fitted.
+        borrower: The `keras.Model` whose `evaluate` is called by that `fit`.
+    """
+    borrower._eval_epoch_iterator = owner._eval_epoch_iterator
+    try:
+        yield
+    finally:
+        del borrower._eval_epoch_iterator
+
+
+def backup_position(callback):
+    """Returns the epoch and the batch that a `BackupAndRestore` callback has reached."""
+    return callback._current_epoch, callback._last_batch_seen
+
+
+def report_penalties(model, penalized):
+    """Makes a model report regularization losses of weights that are not trainable.
+
+    It does so inside `penalties()` alone, in the thread that opened it.
+
+    Args:
+        model: A `keras.Model`.
+        penalized: `() ->` the variables whose regularizers count.
+    """
+    reported = model._get_regularization_losses
+
+    def with_penalties():
+        if not _penalizing.get():
+            return reported()
+        return [*reported(), *(variable.regularizer(variable) for variable in penalized())]
+
+    # Keras asks the instance, and offers no public way to add a penalty that no call makes.
+    object.__setattr__(model, "_get_regularization_losses", with_penalties)
+
+
+@contextlib.contextmanager
+def penalties():
+    """While open, models of `report_penalties` count the regularization losses of their weights."""
+    token = _penalizing.set(True)
+    try:
+        yield
+    finally:
+        _penalizing.reset(token)
