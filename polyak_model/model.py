@@ -4,27 +4,19 @@ import keras
 from keras import tree
 
 from polyak_model import backend, rules
-from polyak_model.average import batch_norm as statistics
-from polyak_model.average import clone_check as probing
-from polyak_model.average import cloning
+from polyak_model.average import batch_norm, clone_check, cloning
 from polyak_model.average.shadow import Shadow
+from polyak_model.backend import keras_internals
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router, check_report, check_route
-from polyak_model.saving import description as descriptions
-from polyak_model.training_checks import (
-    check_clone_function,
-    check_compilation,
-    check_method,
-    check_model,
-    check_optimizers,
-    check_placement,
-)
+from polyak_model.saving import layout
+from polyak_model.training_checks import check_clone_function, check_model, check_optimizers
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(RoutedModel):
+class PolyakModel(backend.TrainingSteps, RoutedModel):
     """Trains a model and keeps the running average of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -112,13 +104,13 @@ class PolyakModel(RoutedModel):
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
-        check_placement(model, device)
+        backend.check_placement(model, device)
         with backend.strategy_scope(model):
             with backend.device(device):
                 clone = cloning.clone_model(model, clone_function)
             shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
             super().__init__(
-                router=Router(model, shadow, combine),
+                routes=Router(model, shadow, combine, self._start_on_batch),
                 inference=inference,
                 report=report,
                 name=name,
@@ -129,8 +121,7 @@ class PolyakModel(RoutedModel):
         self.shadow = shadow
         self.clone_function = clone_function
         self._adopted = None
-        if cloning.has_weights(model):
-            self._start(probing.input_specs(model))
+        self._start_if_built()
         if model.compiled:
             self._adopt_compilation()
 
@@ -143,13 +134,27 @@ class PolyakModel(RoutedModel):
         metrics of the raw model and plain SGD; compile it again to train it
         further.
         """
-        self.shadow.follow()
+        self.shadow.catch_up()
         return self.shadow.model
+
+    @property
+    def rule(self):
+        """The rule of the average, which can be set, also while the model trains.
+
+        The past and the step stay; from the next step on the new rule weighs.
+        """
+        return self.shadow.rule
+
+    @rule.setter
+    def rule(self, rule):
+        self.shadow.rule = rules.get(rule)
+        if self.train_function is not None:
+            self.make_train_function(force=True)  # The old rule was traced into it.
 
     @property
     def average_step(self):
         """Int: optimizer steps taken since averaging (re)started."""
-        self.shadow.absorb()
+        self.shadow.detector.detect()
         return self.shadow.steps()
 
     def update_average(self):
@@ -172,7 +177,7 @@ class PolyakModel(RoutedModel):
         1
         """
         self._check_built("update_average")
-        self.shadow.stop_following()
+        self.shadow.detector.stop()
         backend.on_each_replica(self, self.shadow.update)
 
     def reset_average(self):
@@ -210,7 +215,7 @@ class PolyakModel(RoutedModel):
         True
         """
         self._check_built("apply_average")
-        self.shadow.follow()
+        self.shadow.catch_up()
         self.shadow.apply()
 
     def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto"):
@@ -245,7 +250,7 @@ class PolyakModel(RoutedModel):
         >>> model.refresh_statistics(x, verbose=0)
         """
         self._check_built("refresh_statistics")
-        self.shadow.follow()
+        self.shadow.catch_up()
         if not self.shadow.begun():
             raise ValueError(
                 "`refresh_statistics()` needs an average that has begun; until then it mirrors the "
@@ -253,12 +258,12 @@ class PolyakModel(RoutedModel):
                 f"averaging begins after start_step={self.shadow.rule.start_step}. Train it first."
             )
         average = self.shadow.model
-        layers = statistics.find_layers(average, trained=self.raw_model)
+        layers = batch_norm.find_layers(average, trained=self.raw_model)
         if layers:
             settings = {"batch_size": batch_size, "verbose": verbose}
-            self.shadow.replace(statistics.measure(average, layers, data, steps, **settings))
+            self.shadow.replace(batch_norm.measure(average, layers, data, steps, **settings))
         elif verbose:
-            print(statistics.nothing_to_refresh(self.raw_model))
+            print(batch_norm.nothing_to_refresh(self.raw_model))
 
     def compile(self, *args, **kwargs):
         """Compiles the raw model, and the other routes for evaluation.
@@ -281,7 +286,7 @@ class PolyakModel(RoutedModel):
         """
         check_optimizers((args, kwargs))
         self._router.check_metrics((args, kwargs))
-        check_compilation(self.raw_model, (args, kwargs), **kwargs)
+        backend.check_compilation(self.raw_model, (args, kwargs), **kwargs)
         with backend.strategy_scope(self):
             self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
@@ -289,7 +294,7 @@ class PolyakModel(RoutedModel):
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
         check_optimizers(raw.optimizer)
-        check_compilation(
+        backend.check_compilation(
             raw, raw.optimizer, raw.run_eagerly, raw.jit_compile, raw.steps_per_execution
         )
         with backend.strategy_scope(self):
@@ -303,19 +308,19 @@ class PolyakModel(RoutedModel):
                 auto_scale_loss=False,
             )
         self.loss = raw.loss
-        self._adopted = raw._compile_config
+        self._adopted = keras_internals.compilation(raw)
 
-    def _assert_compile_called(self, method_name=None):
+    def _check_compiled(self, method):
         raw = self.raw_model
-        if raw.compiled and raw._compile_config is not self._adopted:
+        if raw.compiled and keras_internals.compilation(raw) is not self._adopted:
             self._adopt_compilation()
         if not self.compiled:
             raise ValueError(
-                f"`{method_name}()` needs a compiled model. Received: a PolyakModel that was never "
+                f"`{method}()` needs a compiled model. Received: a PolyakModel that was never "
                 "compiled. Call model.compile(optimizer=..., loss=...) first, or compile the inner "
                 "model before wrapping it."
             )
-        check_method(raw, method_name)
+        backend.check_method(raw, method)
 
     def get_compile_config(self):
         return self.raw_model.get_compile_config()
@@ -344,6 +349,10 @@ class PolyakModel(RoutedModel):
                     cloning.build_on(self.shadow.model, inputs, batch)
         self._start(inputs)
 
+    def _start_if_built(self):
+        if not self.shadow.started and cloning.has_weights(self.raw_model):
+            self._start(clone_check.input_specs(self.raw_model))
+
     def _start(self, inputs):
         self.shadow.start(self.raw_model, inputs)
         self.built = True
@@ -354,10 +363,9 @@ class PolyakModel(RoutedModel):
             batch = x if backend.runs_eagerly() else None
             backend.once(lambda: self._start_on(backend.symbolic(x), batch))
 
-    def _symbolic_build(self, iterator=None, data_batch=None):
-        # Keras calls it under a strategy: inside replicas no variable may be created.
-        self._start_on_batch(data_batch)
-        self._router.build_metrics(data_batch)
+    def _build_on_batch(self, data):
+        self._start_on_batch(data)
+        self._router.build_metrics(data)
         self._build_optimizer()
 
     def _build_optimizer(self):
@@ -376,42 +384,38 @@ class PolyakModel(RoutedModel):
         self.raw_model.trainable = value
 
     def call(self, inputs, training=None):
-        self.shadow.follow(training)
+        self.shadow.catch_up(training)
         if training:
             return self.raw_model(inputs)
-        answer = self._router.answer(self._routes()[0], lambda model: model(inputs))
+        outputs = self._router.predictor(self.inference)(inputs)
         # In a larger model these would be added to what the raw model is trained on.
-        self.shadow.model._clear_losses()
-        return answer
+        keras_internals.clear_losses(self.shadow.model)
+        return outputs
 
-    def train_step(self, data):
+    def _train_batch(self, data):
         self._start_on_batch(data)
         before = backend.optimizer_step(self.raw_model)
         # A MultiOptimizer may have chosen its optimizers only now.
         check_optimizers(self.raw_model.optimizer)
         logs = self._train_raw(data)
         stepped = backend.optimizer_step(self.raw_model) > before
-        self.shadow.check_complete()
+        self.shadow.pairing.check_complete()
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
 
     def _train_raw(self, data):
-        step, apart = self.raw_model.train_step, self.shadow.device is not None
-        if apart and self.raw_model.jit_compile and not backend.runs_eagerly():
+        def step(data):
+            return backend.call_step(self.raw_model, "train_step", data)
+
+        # With a device of its own for the average, only the raw step can be compiled by XLA.
+        separate = self.shadow.device is not None and self.raw_model.jit_compile
+        if separate and not backend.runs_eagerly():
             step = backend.compiled(step)
         return step(data)
 
-    def test_step(self, data):
-        self._start_on_batch(data)
-        return super().test_step(data)
-
-    def predict_step(self, data):
-        self._start_on_batch(data)
-        return super().predict_step(data)
-
     def make_train_function(self, force=False):
-        self.shadow.follow()
-        self.shadow.stop_following()
+        self.shadow.catch_up()
+        self.shadow.detector.stop()
         return super().make_train_function(force)
 
     def get_config(self):
@@ -421,7 +425,7 @@ class PolyakModel(RoutedModel):
         model.pop("compile_config", None)
         combine = self._router.combine
         return {
-            "format": descriptions.FORMAT,
+            "format": layout.FORMAT,
             "name": self.name,
             "model": model,
             "average": serialize(self.shadow.rule),
@@ -438,7 +442,7 @@ class PolyakModel(RoutedModel):
     def from_config(cls, config):
         deserialize = keras.saving.deserialize_keras_object
         config = dict(config)
-        descriptions.check_format(config.pop("format", descriptions.FORMAT))
+        layout.check_format(config.pop("format", layout.FORMAT))
         for name in ("model", "average", "combine", "clone_function"):
             if isinstance(config[name], dict):
                 config[name] = deserialize(config[name])

@@ -59,5 +59,5 @@ def test_integers_are_not_averaged():
 
     inner = keras.Sequential([keras.Input((3,)), Decision()])
     model = PolyakModel(inner, inference="ensemble")
-    with pytest.raises(ValueError, match="`combine='mean'` averages outputs that are floats"):
+    with pytest.raises(ValueError, match="`combine='mean'` needs outputs of floats"):
         model(np.ones((2, 3), "float32"))

@@ -33,32 +33,30 @@ LEARNED = ["dense/kernel", "dense/bias", "norm/gamma", "norm/beta", "short/kerne
 
 
 @pytest.mark.parametrize("copies_statistics", [False, True])
-def test_each_weight_follows_in_one_way(copies_statistics):
+def test_each_weight_is_averaged_mirrored_or_copied(copies_statistics):
     raw, model = make_sorted(), make_sorted()
-    raw.layers[0].trainable = False
+    raw.layers[1].trainable = False
     beside = []
 
     def add_beside(average, role, dtype):
         beside.append((role, dtype))
         return make_variable(average.shape, dtype)
 
-    partners = pair(raw, model, add_beside, copies_statistics, compensated=True)
-    averaged = names(w for _, w, _ in partners.averaged)
-    mirrored = names(w for _, w in partners.mirrored)
+    pairing = pair(raw, model, add_beside, copies_statistics, compensated=True)
+    averaged = names(p.raw for p in pairing.averaged)
+    mirrored = names(p.raw for p in pairing.mirrored)
     assert sorted(averaged + mirrored) == sorted(LEARNED + STATISTICS)
     assert mirrored == (STATISTICS if copies_statistics else [])
-    assert names(partners.learned) == LEARNED
-    assert names(w for _, w in partners.apart) == STATISTICS
-    assert names(w for _, w in partners.penalized) == ["dense/kernel"]
-    assert [original.dtype for _, original in partners.rounded] == ["float32", "float32"]
-    assert beside.count(("original", "float32")) == 2
-    assert len(partners.copied) == 0
+    assert names(pairing.learned) == LEARNED
+    assert names(pairing.penalized()) == ["dense/kernel"]
+    assert [master.dtype for _, master in pairing.from_masters()] == ["float32", "float32"]
+    assert beside.count(("master", "float32")) == 2
+    assert len(pairing.copied) == 0
     assert not any(w.trainable for w in model.weights)
 
 
 def test_outside_of_replicas_nothing_is_reduced():
     model = PolyakModel(make_classifier())
-    partners = model.shadow._partners
+    pairing = model.shadow.pairing
     assert backend.replicas() == 1
-    assert partners.apart
-    assert partners.synchronized() is partners
+    assert pairing.synchronized() is pairing

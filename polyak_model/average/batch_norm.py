@@ -7,8 +7,7 @@ import keras
 from keras import ops, tree
 
 from polyak_model import backend
-from polyak_model.average import cloning
-from polyak_model.average.clone_check import forward
+from polyak_model.backend import keras_internals
 
 
 def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="auto"):
@@ -78,7 +77,9 @@ def find_layers(model, trained=None):
 
 def _all_layers(model):
     kind = keras.layers.BatchNormalization
-    return list(dict.fromkeys(x for x in model._flatten_layers() if isinstance(x, kind)))
+    return list(
+        dict.fromkeys(x for x in keras_internals.flatten_layers(model) if isinstance(x, kind))
+    )
 
 
 def nothing_to_refresh(model):
@@ -117,7 +118,7 @@ def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto")
     with _state_kept(model), contextlib.ExitStack() as stack:
         for layer, pool in zip(layers, pools, strict=True):
             stack.enter_context(_normalizing_by_batch(layer, pool))
-        reader = _Reader(lambda x: forward(model, x))
+        reader = _Reader(lambda x: keras_internals.forward(model, x))
         reader.compile(run_eagerly=model.run_eagerly, jit_compile=False)
         with warnings.catch_warnings():
             if steps is None:
@@ -256,7 +257,10 @@ def _normalizing_by_batch(layer, pool):
 @contextlib.contextmanager
 def _state_kept(model):
     """On leaving, what a forward pass may change is as it was: statistics, states, seeds."""
-    variables = [*cloning.untrained_weights(model), *cloning.seed_states(model)]
+    variables = [
+        *keras_internals.untrained_weights(model),
+        *keras_internals.seed_states(model),
+    ]
     values = [ops.copy(variable) for variable in variables]
     try:
         yield
@@ -264,7 +268,7 @@ def _state_kept(model):
         backend.assign(zip(variables, values, strict=True))
 
 
-class _Reader(keras.Model):
+class _Reader(backend.EvaluationSteps, keras.Model):
     """Lets Keras read data of any kind, with its progress bar, and hands each batch on."""
 
     def __init__(self, read):
@@ -273,7 +277,7 @@ class _Reader(keras.Model):
         self._examples = self.add_weight(dtype="int64", initializer="zeros", trainable=False)
         self.built = True
 
-    def test_step(self, data):
+    def _test_batch(self, data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         self._read(x)
         self._examples.assign_add(ops.cast(ops.shape(tree.flatten(x)[0])[0], "int64"))

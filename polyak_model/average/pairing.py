@@ -1,110 +1,153 @@
-"""Which weight of an average follows which raw weight, and how."""
+"""Which weight of an average model averages which raw weight, and how."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import keras
 
 from polyak_model import backend
 from polyak_model.average import cloning
+from polyak_model.backend import keras_internals
+
+AVERAGED, MIRRORED, COPIED = "averaged", "mirrored", "copied"
 
 
 @dataclasses.dataclass(frozen=True)
-class Partners:
-    """The raw weights and who follows each of them, sorted by how."""
+class Pair:
+    """A weight of the average model, its raw weight, and the state of its arithmetic.
 
-    raw: keras.Model
-    all: tuple  # (average, raw)
-    averaged: tuple  # (average, raw), or with compensation (average, raw, residual)
-    rounded: tuple  # (average, its float32 original), where weights have 16 bits
-    mirrored: tuple  # (average, raw), floats that follow by value
-    copied: tuple  # (average, raw), integers, booleans and seeds
-    penalized: tuple  # (average, raw) of weights with a regularizer
-    learned: tuple  # raw, those that an optimizer trains unless they are frozen
-    apart: tuple  # (average, raw) that may differ between replicas
+    Attributes:
+        average: The weight of the average model.
+        raw: The raw weight, or its value where replicas agreed on one.
+        how: `AVERAGED`; `MIRRORED`, floats that follow by value; or `COPIED`,
+            integers, booleans and seeds.
+        learned: Bool. Whether an optimizer trains the raw weight unless it is
+            frozen.
+        master: The float32 master copy of an average of 16 bits, or None.
+        residual: What rounding took from the average (Kahan), or None.
+    """
+
+    average: Any
+    raw: Any
+    how: str
+    learned: bool
+    master: Any = None
+    residual: Any = None
+
+    @property
+    def target(self):
+        """The variable that moves: the master copy, or the average itself."""
+        return self.average if self.master is None else self.master
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """The pairs of a raw model and its average model, in the order of the raw weights."""
+
+    raw_model: keras.Model
+    pairs: tuple
+
+    @functools.cached_property
+    def averaged(self):
+        return self._of(AVERAGED)
+
+    @functools.cached_property
+    def mirrored(self):
+        return self._of(MIRRORED)
+
+    @functools.cached_property
+    def copied(self):
+        return self._of(COPIED)
+
+    def _of(self, how):
+        return tuple(pair for pair in self.pairs if pair.how == how)
+
+    @property
+    def learned(self):
+        """The raw weights that an optimizer trains unless they are frozen."""
+        return [pair.raw for pair in self.pairs if pair.learned]
+
+    def from_masters(self):
+        """Returns `(average, master copy)` of the averages that have one."""
+        return [(p.average, p.master) for p in self.averaged if p.master is not None]
+
+    def penalized(self):
+        """Returns the averages of raw weights that are trained under a regularizer."""
+        return [p.average for p in self.pairs if p.raw.regularizer and p.raw.trainable]
 
     def synchronized(self):
-        """Returns partners whose raw weights are alike on every replica.
+        """Returns a pairing whose raw values are equal on every replica.
 
-        Outside training steps each replica mirrors its own raw weights, without
-        a word from the others; hence averages are reduced here, too.
+        Outside training steps each replica mirrors its own raw weights without
+        waiting for the others. Hence averages are reduced here, too.
         """
-        if not self.apart or backend.replicas() == 1:
+        differing = [pair for pair in self.pairs if _may_differ_between_replicas(pair)]
+        if not differing or backend.replicas() == 1:
             return self
-        averages, raw = zip(*self.apart, strict=True)
+        averages, raw = zip(*((pair.average, pair.raw) for pair in differing), strict=True)
         values = backend.synchronize([*averages, *raw])
         backend.assign(zip(averages, values[: len(raw)], strict=True))
         common = {id(w): value for w, value in zip(raw, values[len(raw) :], strict=True)}
-
-        def replace(entries):
-            return tuple((average, common.get(id(w), w), *rest) for average, w, *rest in entries)
-
-        return dataclasses.replace(
-            self,
-            averaged=replace(self.averaged),
-            mirrored=replace(self.mirrored),
-            copied=replace(self.copied),
-        )
+        pairs = (dataclasses.replace(p, raw=common.get(id(p.raw), p.raw)) for p in self.pairs)
+        return Pairing(self.raw_model, tuple(pairs))
 
     def check_complete(self):
         """Raises `ValueError` if the raw model has gained or lost weights since it was paired."""
-        raw = self.raw
-        paired = {id(w) for _, w in self.all}
-        gained = [w.path for w in raw.weights if id(w) not in paired]
-        if gained or len(raw.weights) != len(paired):
+        model = self.raw_model
+        paired = {id(pair.raw) for pair in self.pairs}
+        gained = [w.path for w in model.weights if id(w) not in paired]
+        if gained or len(model.weights) != len(paired):
             raise ValueError(
-                f"The raw model '{raw.name}' must keep the weights that it had when it was "
-                f"wrapped, {len(paired)}; now it has {len(raw.weights)}. Received: new weights "
-                f"{gained[:3]}. Make the change (enable LoRA, build all layers) first and wrap the "
-                "model then."
+                f"The raw model '{model.name}' must keep the weights that it had when it was "
+                f"wrapped. Expected: {len(paired)} weights. Received: {len(model.weights)}, of "
+                f"which new are {gained[:3]}. Make the change (enable LoRA, build all layers) "
+                "first, then wrap the model."
             )
 
 
-def pair(raw, model, add_beside, copies_statistics, compensated):
-    """Pairs the weights of a raw model with those of its average, once, and freezes the latter.
+def _may_differ_between_replicas(pair):
+    # Optimizers keep what they train equal. The oldest Keras has no variables that are reduced
+    # on reading.
+    return not pair.learned and getattr(pair.raw, "synchronization", None) != "on_read"
+
+
+def pair(raw_model, average_model, add_beside, copies_statistics, compensated):
+    """Pairs the weights of a raw model with those of its average, and freezes the latter.
 
     Args:
-        raw: A built `keras.Model`.
-        model: The average model, an unshared clone.
-        add_beside: `(average, role, dtype) -> variable`, of zeros, with the
-            shape of `average`.
+        raw_model: A built `keras.Model`.
+        average_model: Its unshared clone.
+        add_beside: `(average, role, dtype) -> variable` of zeros with the shape
+            of `average`.
         copies_statistics: Bool. Whether float weights that no optimizer trains
-            are copied, not averaged.
+            are mirrored instead of averaged.
         compensated: Bool. Whether averages carry residuals.
 
     Returns:
-        `Partners`.
+        A `Pairing`.
 
     Raises:
         ValueError: If the architectures differ, or the models share a variable.
     """
-    cloning.check_disjoint(raw, model)
-    pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, model))
-    moving = {id(v) for v in cloning.untrained_weights(model)}
-    averaged, rounded, mirrored, copied, learned = [], [], [], [], []
-    for average, w in pairs:
+    cloning.check_disjoint(raw_model, average_model)
+    weights = cloning.pair_weights(raw_model, average_model)
+    untrained = {id(v) for v in keras_internals.untrained_weights(average_model)}
+    pairs = []
+    for raw, average in weights:
         average.trainable = False
+        learned = id(average) not in untrained
         if not keras.backend.is_float_dtype(average.dtype):
-            copied.append((average, w))
-            continue
-        if id(average) not in moving:
-            learned.append(w)
-        elif copies_statistics:
-            mirrored.append((average, w))
-            continue
-        original = average
-        if average.dtype in ("float16", "bfloat16"):
-            # At a decay of 0.999 a step is smaller than what 16 bits can tell.
-            original = add_beside(average, "original", "float32")
-            rounded.append((average, original))
-        residual = (add_beside(original, "residual", original.dtype),) if compensated else ()
-        averaged.append((original, w, *residual))
-    penalized = [(average, w) for average, w in pairs if w.regularizer is not None]
-    untrained = {id(w) for average, w in pairs if id(average) in moving}
-    apart = [
-        (average, w)
-        for average, w, *_ in [*averaged, *mirrored, *copied]
-        # The oldest Keras has no variables that are reduced on reading.
-        if id(w) in untrained and getattr(w, "synchronization", None) != "on_read"
-    ]
-    groups = (averaged, rounded, mirrored, copied, penalized, learned, apart)
-    return Partners(raw, pairs, *map(tuple, groups))
+            pairs.append(Pair(average, raw, COPIED, learned=False))
+        elif copies_statistics and not learned:
+            pairs.append(Pair(average, raw, MIRRORED, learned=False))
+        else:
+            master = residual = None
+            if average.dtype in ("float16", "bfloat16"):
+                # At a decay of 0.999 a step is smaller than 16 bits can resolve.
+                master = add_beside(average, "master", "float32")
+            if compensated:
+                target = average if master is None else master
+                residual = add_beside(target, "residual", target.dtype)
+            pairs.append(Pair(average, raw, AVERAGED, learned, master, residual))
+    return Pairing(raw_model, tuple(pairs))

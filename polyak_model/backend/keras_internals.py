@@ -88,13 +88,25 @@ def compilation(model):
 
 
 def compile_arguments(model):
-    """Returns the arguments of `keras.Model.compile` that a model was compiled with, a dict."""
-    return dict(model._compile_config.config)
+    """Returns arguments of `keras.Model.compile` that give another model the same scores.
 
+    Where `compile` was called again without a loss or metrics, Keras goes on
+    with those of the call before, and so do these.
 
-def loss_tracker(model):
-    """Returns the metric that holds the mean loss of a compiled model."""
-    return model._loss_tracker
+    Args:
+        model: A compiled `keras.Model`.
+
+    Returns:
+        A dict.
+    """
+    arguments = dict(model._compile_config.config)
+    if model._compile_loss is not None:
+        arguments["loss"] = model._compile_loss._user_loss
+        arguments["loss_weights"] = model._compile_loss._user_loss_weights
+    if model._compile_metrics is not None:
+        arguments["metrics"] = model._compile_metrics._user_metrics
+        arguments["weighted_metrics"] = model._compile_metrics._user_weighted_metrics
+    return arguments
 
 
 def lacks_metrics(model):

@@ -7,9 +7,9 @@ import re
 
 import keras
 from keras import tree
-from keras.src.models import Functional
 
 from polyak_model.average.clone_check import input_specs
+from polyak_model.backend import keras_internals
 from polyak_model.weight_files.atomic_write import folder_written_whole, written_whole
 
 _SAVED_MODEL = ("assets", "fingerprint.pb", "saved_model.pb", "variables")
@@ -68,7 +68,7 @@ def signature(model):
             "Call it on a batch first, or pass `input_signature`, for instance "
             "[keras.InputSpec(shape=(None, 8), dtype='float32')]."
         )
-    if not isinstance(model, (keras.Sequential, Functional)):
+    if not keras_internals.is_functional(model):
         specs = tree.map_structure(_as_predicted, specs)
     return [specs]
 

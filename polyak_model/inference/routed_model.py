@@ -1,99 +1,127 @@
-"""A model whose evaluation and predictions go through a route."""
+"""A model that evaluates and predicts through the average, the raw model or both."""
 
 import contextlib
+import contextvars
 
 import keras
 from keras import tree
 
-from polyak_model.inference import export as shipping
-from polyak_model.inference import router as routing
-from polyak_model.saving.saveable_model import StoredModel
+from polyak_model.backend import keras_internals
+from polyak_model.inference import export, router
+from polyak_model.saving.saveable_model import SaveableModel
+
+# The wrapper and the model of the `evaluate` or `predict` that runs in this context, for the
+# callbacks of that call alone.
+_running = contextvars.ContextVar("running", default=(None, None))
 
 
-class RoutedModel(StoredModel):
-    """Answers `evaluate` and `predict` through the average, the raw model or both.
+class RoutedModel(SaveableModel):
+    """Hands each call of `evaluate`, `predict` and `export` to the model of a route.
+
+    A call keeps nothing on this model: calls through different routes may run
+    at the same time.
 
     Args:
-        router: The `Router` that knows the models of each route.
+        routes: The `Router` that has a model for each route.
         inference: The default route.
         report: Routes that `evaluate` reports in one pass, or None for
             `inference` alone.
         **kwargs: Arguments of `keras.Model`.
     """
 
-    def __init__(self, router, inference, report, **kwargs):
+    def __init__(self, routes, inference, report, **kwargs):
         super().__init__(**kwargs)
-        self._router = router
+        self._router = routes
         self._inference = inference
         self.report = None if report is None else tuple(report)
-        # The routes of the call under way; outside `evaluate` and `predict` there are none.
-        self._active = None
 
     @property
     def inference(self):
-        """The route that answers by default."""
+        """The default route of `evaluate`, `predict` and calls with `training=False`."""
         return self._inference
 
     @inference.setter
     def inference(self, route):
-        self._inference = routing.check_route("inference", route)
-
-    def test_step(self, data):
-        return self._router.evaluate(self._routes(), data)
-
-    def predict_step(self, data):
-        return self._router.answer(self._routes()[0], lambda model: model.predict_step(data))
-
-    def make_test_function(self, force=False):
-        return self._make_routed("test_function", super().make_test_function, force)
-
-    def make_predict_function(self, force=False):
-        return self._make_routed("predict_function", super().make_predict_function, force)
-
-    def _make_routed(self, name, make, force):
-        # One compiled function for each route, so that switching routes does not trace again.
-        functions, key = self._router.functions, (name, self._routes())
-        if force or key not in functions:
-            make(force=True)
-            functions[key] = getattr(self, name)
-        setattr(self, name, functions[key])
-        return functions[key]
-
-    def _routes(self):
-        return self._active or (self._inference,)
-
-    @contextlib.contextmanager
-    def _through(self, routes):
-        if routes != ("raw",):
-            self._router.shadow.follow()  # Until averaging begins, it copies all weights.
-        previous, self._active = self._active, routes
-        try:
-            yield
-        finally:
-            self._active = previous
+        self._inference = router.check_route("inference", route)
 
     def _reported(self, using):
         if using is None:
-            return routing.check_report(self.report, self.inference)
-        return self._answering(using)
+            return router.check_report(self.report, self.inference)
+        return (router.check_route("using", using),)
 
-    def _answering(self, using):
-        return (self.inference if using is None else routing.check_route("using", using),)
+    def _predicting(self, using):
+        return self.inference if using is None else router.check_route("using", using)
+
+    def _evaluator(self, method, using):
+        self._check_compiled(method)
+        routes = self._reported(using)
+        self._router.check_scores(routes)
+        return self._router.evaluator(routes)
+
+    @contextlib.contextmanager
+    def _run(self, model):
+        """While open, callbacks find the state of an evaluation or prediction here."""
+        raw = self._router.raw
+        if model is not raw:
+            self._router.shadow.catch_up()
+        token = _running.set((self, model))
+        try:
+            yield
+        finally:
+            _running.reset(token)
+            self._start_if_built()
+
+    @contextlib.contextmanager
+    def _train(self):
+        # A callback of an evaluation may train, with the metrics of training.
+        token = _running.set((None, None))
+        try:
+            with self._router.shadow.training_threads.joined():
+                yield
+        finally:
+            _running.reset(token)
+
+    @property
+    def _running_model(self):
+        wrapper, model = _running.get()
+        return model if wrapper is self else None
+
+    @property
+    def stop_evaluating(self):
+        """Whether the evaluation that runs in this context shall stop; callbacks set it."""
+        return getattr(self._running_model, "stop_evaluating", False)
+
+    @stop_evaluating.setter
+    def stop_evaluating(self, value):
+        if self._running_model is not None:
+            self._running_model.stop_evaluating = value
+
+    @property
+    def stop_predicting(self):
+        """Whether the prediction that runs in this context shall stop; callbacks set it."""
+        return getattr(self._running_model, "stop_predicting", False)
+
+    @stop_predicting.setter
+    def stop_predicting(self, value):
+        if self._running_model is not None:
+            self._running_model.stop_predicting = value
 
     @property
     def metrics(self):
-        """The metrics of the raw model while training, of the answering route while evaluating."""
-        return self._router.model(self._active[0] if self._active else "raw").metrics
-
-    def reset_metrics(self):
-        for route in self._active or ("raw",):
-            self._router.model(route).reset_metrics()
+        """The metrics of the raw model; in callbacks of an evaluation, those of its route."""
+        return (self._running_model or self._router.raw).metrics
 
     def get_metrics_result(self):
-        routes = self._active or ("raw",)
-        return self._router.logs(
-            routes, [self._router.model(route).get_metrics_result() for route in routes]
-        )
+        return (self._running_model or self._router.raw).get_metrics_result()
+
+    def reset_metrics(self):
+        (self._running_model or self._router.raw).reset_metrics()
+
+    def _test_batch(self, data):
+        return self._router.step("test_step", self._reported(None), data)
+
+    def _predict_batch(self, data):
+        return self._router.step("predict_step", self.inference, data)
 
     def fit(
         self,
@@ -129,9 +157,9 @@ class RoutedModel(StoredModel):
         """
         _check_callbacks(callbacks)
         if validation_split or validation_data is not None:
-            self._assert_compile_called("fit")
+            self._check_compiled("fit")
             self._router.check_scores(self._reported(None))
-        with self._backups.watched(callbacks):
+        with self._train(), self._backups.watched(callbacks):
             return super().fit(
                 x,
                 y,
@@ -164,7 +192,7 @@ class RoutedModel(StoredModel):
             x: As in `keras.Model.evaluate`, like all arguments but `using`.
             using: `"average"`, `"raw"` or `"ensemble"`: the route for this call
                 alone, whose metrics then have plain names. Defaults to None:
-                `inference`, and beside it the routes of `report`.
+                `inference`, and the routes of `report` with it.
 
         Returns:
             A list of the loss and metrics, or a dict with `return_dict=True`.
@@ -186,15 +214,21 @@ class RoutedModel(StoredModel):
         ['loss']
         """
         _check_callbacks(callbacks)
-        with self._through(self._reported(using)):
-            return super().evaluate(
+        model = self._evaluator("evaluate", using)
+        # The validation of `fit` reuses the data of the epoch before.
+        lent = kwargs.get("_use_cached_eval_dataset", False)
+        with (
+            self._run(model),
+            keras_internals.lent_validation_data(self, model) if lent else contextlib.nullcontext(),
+        ):
+            return model.evaluate(
                 x=x,
                 y=y,
                 batch_size=batch_size,
                 verbose=verbose,
                 sample_weight=sample_weight,
                 steps=steps,
-                callbacks=callbacks,
+                callbacks=_shown(self, callbacks),
                 return_dict=return_dict,
                 **kwargs,
             )
@@ -221,22 +255,32 @@ class RoutedModel(StoredModel):
         (8, 2)
         """
         _check_callbacks(callbacks)
-        with self._through(self._answering(using)):
-            return super().predict(
-                x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
+        model = self._router.predictor(self._predicting(using))
+        with self._run(model):
+            return model.predict(
+                x,
+                batch_size=batch_size,
+                verbose=verbose,
+                steps=steps,
+                callbacks=_shown(self, callbacks),
             )
+
+    def train_on_batch(self, *args, **kwargs):
+        """Trains on one batch, as `keras.Model.train_on_batch` does."""
+        with self._train():
+            return super().train_on_batch(*args, **kwargs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False, using=None):
         """Evaluates one batch; see `evaluate` for `using`."""
-        with self._through(self._reported(using)):
-            return super().test_on_batch(
-                x, y=y, sample_weight=sample_weight, return_dict=return_dict
-            )
+        model = self._evaluator("test_on_batch", using)
+        with self._run(model):
+            return model.test_on_batch(x, y=y, sample_weight=sample_weight, return_dict=return_dict)
 
     def predict_on_batch(self, x, using=None):
         """Predicts one batch; see `predict` for `using`."""
-        with self._through(self._answering(using)):
-            return super().predict_on_batch(x)
+        model = self._router.predictor(self._predicting(using))
+        with self._run(model):
+            return model.predict_on_batch(x)
 
     def export(
         self,
@@ -247,20 +291,20 @@ class RoutedModel(StoredModel):
         using=None,
         **kwargs,
     ):
-        """Exports what a route answers outside training, to be served without this package.
+        """Exports what a route outputs outside training, to be served without this package.
 
         The artifact holds the weights of that route and nothing of training.
-        If exporting fails, what lay at `filepath` stays.
+        If exporting fails, an older artifact at `filepath` stays.
 
         Args:
-            filepath: Where the SavedModel (a folder) or file shall be.
+            filepath: Where to write the SavedModel (a folder) or file.
             format: As in `keras.Model.export`, like all arguments but `using`.
             using: The route. Defaults to None: `inference`.
             **kwargs: Passed on to the exporter of the format.
 
         Raises:
-            ValueError: If `using` is no route, the model is not built, or nothing
-                is known of its inputs and no `input_signature` is passed.
+            ValueError: If `using` is no route, the model is not built, or its
+                inputs are not known and no `input_signature` is passed.
             OSError: If the artifact cannot be written, or `filepath` is a folder
                 that holds something else.
 
@@ -276,13 +320,13 @@ class RoutedModel(StoredModel):
         >>> served.serve(np.ones((8, 3), "float32")).shape
         TensorShape([8, 2])
         """
-        (route,) = self._answering(using)
+        route = self._predicting(using)
         self._check_built("export")
         if input_signature is None:
-            input_signature = shipping.signature(self._router.raw)
-        self._router.shadow.follow()
-        shipping.export(
-            self._router.model(route),
+            input_signature = export.signature(self._router.raw)
+        self._router.shadow.catch_up()
+        export.export(
+            self._router.predictor(route),
             filepath,
             format,
             verbose=verbose,
@@ -291,11 +335,34 @@ class RoutedModel(StoredModel):
         )
 
     def _check_built(self, method):
+        self._start_if_built()
         if not self._router.shadow.started:
             raise ValueError(
                 f"`{method}()` needs weights. Received: a model that is not built. Call "
                 "model.build(input_shape), or the model on a batch, first."
             )
+
+
+class _Show(keras.callbacks.Callback):
+    """Shows callbacks the wrapper as `self.model`, not the model of the route."""
+
+    def __init__(self, wrapper, callbacks):
+        super().__init__()
+        self._wrapper = wrapper
+        self._callbacks = callbacks
+
+    def set_model(self, model):
+        # Keras sets the model of the callbacks in their order; this one is the last.
+        for callback in self._callbacks:
+            callback.set_model(self._wrapper)
+
+
+def _shown(wrapper, callbacks):
+    # A list that Keras made, such as that of `fit`, shows the wrapper already.
+    if not callbacks or isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    callbacks = tree.flatten(callbacks)
+    return [*callbacks, _Show(wrapper, callbacks)]
 
 
 def _check_callbacks(callbacks):

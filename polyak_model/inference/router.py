@@ -1,24 +1,25 @@
-"""Who answers outside training, and the metrics of each route."""
+"""Which Keras model predicts and evaluates through which route."""
 
 import inspect
+import threading
 
 import keras
 from keras import tree
 
 from polyak_model import backend
-from polyak_model.average.clone_check import forward
+from polyak_model.backend import keras_internals
 from polyak_model.errors import check_choice
-from polyak_model.inference.ensemble import Ensemble, join
+from polyak_model.inference.joint_model import JointModel, build_metrics
 
 ROUTES = ("average", "raw", "ensemble")
 
 
 def check_route(name, route):
-    """Returns `route`, or raises `ValueError`.
+    """Returns `route`, or raises `ValueError` if it is none.
 
     Args:
         name: Name of the argument, for the message.
-        route: Anything.
+        route: What was passed.
     """
     return check_choice(name, route, ROUTES)
 
@@ -42,125 +43,121 @@ def check_report(report, inference):
 
 
 class Router:
-    """Answers and scores batches through routes.
+    """Hands each route a Keras model with compiled functions and metrics of its own.
+
+    The raw and the average model predict by themselves, and the raw model
+    evaluates by itself, so that methods of the user's class count. Everything
+    else is a `JointModel`, made when it is first used.
 
     Args:
         raw: The raw model.
         shadow: The `Shadow` of the average.
-        combine: How the ensemble joins answers.
+        combine: How the ensemble joins outputs.
+        prepare: Called with each batch before it is used.
     """
 
-    def __init__(self, raw, shadow, combine):
+    def __init__(self, raw, shadow, combine, prepare):
         self.raw = raw
         self.shadow = shadow
         self.combine = combine
-        self.ensemble = Ensemble([raw, shadow.model], combine)
-        self.functions = {}
+        self._prepare = prepare
+        self._predictors, self._evaluators = {}, {}
+        self._lock = threading.Lock()
 
-    def model(self, route):
-        """Returns the model that holds the metrics of a route."""
-        return {"raw": self.raw, "average": self.shadow.model, "ensemble": self.ensemble}[route]
+    def predictor(self, route):
+        """Returns the model that predicts through a route."""
+        if route == "raw":
+            return self.raw
+        if route == "average" and self.shadow.started:
+            return self.shadow.model
+        return self._joint(self._predictors, (route,), self._compile_predictor)
 
-    def check_metrics(self, arguments):
-        """Raises `ValueError` if metrics among the arguments of `compile` cannot be copied.
+    def evaluator(self, routes):
+        """Returns the model that evaluates through several routes in one pass.
 
         Args:
-            arguments: A nested structure of anything.
+            routes: Tuple of routes; the logs of the first have plain names.
         """
-        _fresh(arguments, stateful=keras.metrics.Metric)
+        if routes == ("raw",):
+            return self.raw
+        return self._joint(self._evaluators, routes, self._compile_evaluator)
+
+    def step(self, name, routes, data):
+        """Runs a step of the model of some routes.
+
+        Args:
+            name: `"test_step"`, with a tuple of routes, or `"predict_step"`, with
+                one route.
+            routes: See `name`.
+            data: The batch.
+        """
+        self._prepare(data)
+        model = self.evaluator(routes) if name == "test_step" else self.predictor(routes)
+        return backend.call_step(model, name, data)
+
+    def _joint(self, models, routes, compile_model):
+        with self._lock:
+            if routes not in models:
+                with backend.strategy_scope(self.raw):
+                    average = self.shadow.model
+                    model = JointModel(routes, self.raw, average, self.combine, self._prepare)
+                    compile_model(model)
+                models[routes] = model
+            return models[routes]
+
+    def _compile_predictor(self, model):
+        model.compile_routes(self._execution() if self.raw.compiled else {})
+
+    def _compile_evaluator(self, model):
+        arguments = dict(keras_internals.compile_arguments(self.raw), optimizer=None)
+        scores_itself = self._own_scoring() is not None
+        model.compile_routes(
+            self._execution(), None if scores_itself else lambda: _fresh(arguments)
+        )
+
+    def _execution(self):
+        return {
+            "run_eagerly": self.raw.run_eagerly,
+            "steps_per_execution": self.raw.steps_per_execution,
+            # XLA cannot compile a function that reaches across devices.
+            "jit_compile": self.raw.jit_compile and self.shadow.device is None,
+        }
 
     def compile(self, args=(), kwargs=None):
-        """Compiles the average model and the ensemble as the raw model is, for evaluation.
+        """Compiles the average model like the raw model, for evaluation.
 
         Args:
-            args: What a raw model with a `compile` of its own was compiled with.
-            kwargs: Likewise, or None if that is not known.
+            args: Arguments of the raw model's `compile`, if it has its own.
+            kwargs: Keyword arguments likewise; None where they are not known.
         """
-        settings = dict(self.raw._compile_config.config)
-        # Keras cannot load a model compiled without an optimizer; plain SGD has no state.
+        raw, average = self.raw, self.shadow.model
+        settings = keras_internals.compile_arguments(raw)
+        # Keras cannot load a model that was compiled without an optimizer; plain SGD has no state.
         settings["optimizer"] = keras.optimizers.SGD()
-        self.ensemble.compile(**_fresh(settings))
-        if type(self.raw).compile is keras.Model.compile:
-            self.shadow.model.compile(**_fresh(settings))
+        if type(raw).compile is keras.Model.compile:
+            average.compile(**_fresh(settings))
         elif kwargs is not None:
-            self.shadow.model.compile(*_fresh(args), **_fresh(kwargs))
-        elif _takes(self.raw.compile, settings):
-            self.shadow.model.compile(**_fresh(settings))
+            average.compile(*_fresh(args), **_fresh(kwargs))
+        elif _takes(raw.compile, settings):
+            average.compile(**_fresh(settings))
         else:
-            self.shadow.model.compiled = False  # It may have compiled itself, by its defaults.
-        self.functions.clear()
+            average.compiled = False  # It may have compiled itself, with its defaults.
+        self._predictors, self._evaluators = {}, {}
+
+    def check_metrics(self, arguments):
+        """Raises `ValueError` if metrics among the arguments of `compile` cannot be copied."""
+        _fresh(arguments, stateful=keras.metrics.Metric)
 
     def build_metrics(self, data):
-        """Creates what the metrics of all routes would create at their first batch.
+        """Creates what the metrics of the raw model create at their first batch.
 
         Args:
             data: A batch `(x, y, sample_weight)`.
         """
-        models = [m for m in map(self.model, ROUTES) if m.compiled and backend.lacks_metrics(m)]
-
-        def score(data):
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            outputs = forward(self.raw, x)
-            for model in models:
-                backend.score(model, x, y, sample_weight, outputs)
-
-        if models:
-            weights = [*self.raw.variables, *self.shadow.model.variables]
-            backend.rehearse(score, data, weights)
-
-    def answer(self, route, ask):
-        """Asks the models of a route.
-
-        Args:
-            route: One of `ROUTES`.
-            ask: Callable from a model to its output.
-
-        Returns:
-            The output; the ensemble joins those of its two models.
-        """
-        if route == "ensemble":
-            return join(self.combine, [ask(member) for member in self.ensemble.members])
-        return ask(self.model(route))
-
-    def evaluate(self, routes, data):
-        """Updates the metrics of several routes with one batch.
-
-        Every model runs once, whatever the routes.
-
-        Args:
-            routes: Routes; the logs of the first have plain names, those of the
-                others are prefixed with the route.
-            data: A batch `(x, y, sample_weight)`.
-
-        Returns:
-            The logs, a dict.
-        """
-        self.check_scores(routes)
-        if "ensemble" in routes:
-            return self.logs(routes, self._score(routes, data))
-        logs = []
-        for route in routes:
-            with self.shadow.penalties():
-                logs.append(self.model(route).test_step(data))
-        return self.logs(routes, logs)
-
-    def _score(self, routes, data):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        answers = [forward(member, x) for member in self.ensemble.members]
-        outputs = dict(zip(("raw", "average"), answers, strict=True))
-        outputs["ensemble"] = join(self.combine, answers)
-        with self.shadow.penalties():
-            return [
-                backend.score(self.model(route), x, y, sample_weight, outputs[route])
-                for route in routes
-            ]
+        build_metrics(self.raw, [self.raw], [self.raw], data)
 
     def check_scores(self, routes):
-        """Raises `ValueError` unless all of `routes` can be evaluated.
-
-        Args:
-            routes: Routes.
-        """
+        """Raises `ValueError` unless all of `routes` can be evaluated."""
         if "average" in routes and not self.shadow.model.compiled:
             raise ValueError(
                 f"{type(self.raw).__name__} has a `compile` of its own, whose arguments Keras does "
@@ -168,28 +165,20 @@ class Router:
                 "`compile` on the PolyakModel with the same arguments, so that the average can be "
                 "evaluated too."
             )
-        if "ensemble" not in routes:
-            return
+        method = self._own_scoring()
+        if "ensemble" in routes and method is not None:
+            raise ValueError(
+                f"The ensemble cannot be evaluated: {type(self.raw).__name__} has a `{method}` of "
+                f"its own, which scores the outputs of one model. Received: routes {routes}. "
+                "Evaluate the routes 'average' and 'raw', or use predict(using='ensemble') and "
+                "score its outputs yourself."
+            )
+
+    def _own_scoring(self):
         for method in ("test_step", "compute_loss", "compute_metrics"):
             if getattr(type(self.raw), method) is not getattr(keras.Model, method):
-                raise ValueError(
-                    f"The ensemble cannot be evaluated: {type(self.raw).__name__} has a "
-                    f"`{method}` of its own, which scores the outputs of one model. Received: "
-                    f"routes {tuple(routes)}. Evaluate the routes 'average' and 'raw', or use "
-                    "predict(using='ensemble') and score its outputs yourself."
-                )
-
-    def logs(self, routes, logs):
-        """Joins the logs of several routes into one dict.
-
-        Args:
-            routes: The routes, the one with the plain names first.
-            logs: A dict for each.
-        """
-        joined = dict(logs[0])
-        for route, own in zip(routes[1:], logs[1:], strict=True):
-            joined.update({f"{route}_{name}": value for name, value in own.items()})
-        return joined
+                return method
+        return None
 
 
 def _takes(compile_model, settings):
