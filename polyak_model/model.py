@@ -15,16 +15,13 @@ from polyak_model.inference.router import Router, check_report, check_route
 from polyak_model.saving import description as descriptions
 from polyak_model.training_checks import (
     check_clone_function,
-    check_compilation,
-    check_method,
     check_model,
     check_optimizers,
-    check_placement,
 )
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(RoutedModel):
+class PolyakModel(backend.Trainer, RoutedModel):
     """Trains a model and keeps the running average of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -112,7 +109,7 @@ class PolyakModel(RoutedModel):
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
-        check_placement(model, device)
+        backend.check_placement(model, device)
         with backend.strategy_scope(model):
             with backend.device(device):
                 clone = cloning.clone_model(model, clone_function)
@@ -281,7 +278,7 @@ class PolyakModel(RoutedModel):
         """
         check_optimizers((args, kwargs))
         self._router.check_metrics((args, kwargs))
-        check_compilation(self.raw_model, (args, kwargs), **kwargs)
+        backend.check_compilation(self.raw_model, (args, kwargs), **kwargs)
         with backend.strategy_scope(self):
             self.raw_model.compile(*args, **kwargs)
         self._adopt_compilation(args, kwargs)
@@ -289,7 +286,7 @@ class PolyakModel(RoutedModel):
     def _adopt_compilation(self, args=(), kwargs=None):
         raw = self.raw_model
         check_optimizers(raw.optimizer)
-        check_compilation(
+        backend.check_compilation(
             raw, raw.optimizer, raw.run_eagerly, raw.jit_compile, raw.steps_per_execution
         )
         with backend.strategy_scope(self):
@@ -305,7 +302,7 @@ class PolyakModel(RoutedModel):
         self.loss = raw.loss
         self._adopted = raw._compile_config
 
-    def _assert_compile_called(self, method_name=None):
+    def _check_compiled(self, method_name):
         raw = self.raw_model
         if raw.compiled and raw._compile_config is not self._adopted:
             self._adopt_compilation()
@@ -315,7 +312,7 @@ class PolyakModel(RoutedModel):
                 "compiled. Call model.compile(optimizer=..., loss=...) first, or compile the inner "
                 "model before wrapping it."
             )
-        check_method(raw, method_name)
+        backend.check_method(raw, method_name)
 
     def get_compile_config(self):
         return self.raw_model.get_compile_config()
@@ -354,10 +351,10 @@ class PolyakModel(RoutedModel):
             batch = x if backend.runs_eagerly() else None
             backend.once(lambda: self._start_on(backend.symbolic(x), batch))
 
-    def _symbolic_build(self, iterator=None, data_batch=None):
+    def _build_on_batch(self, data):
         # Keras calls it under a strategy: inside replicas no variable may be created.
-        self._start_on_batch(data_batch)
-        self._router.build_metrics(data_batch)
+        self._start_on_batch(data)
+        self._router.build_metrics(data)
         self._build_optimizer()
 
     def _build_optimizer(self):
@@ -384,7 +381,7 @@ class PolyakModel(RoutedModel):
         self.shadow.model._clear_losses()
         return answer
 
-    def train_step(self, data):
+    def _train_batch(self, data):
         self._start_on_batch(data)
         before = backend.optimizer_step(self.raw_model)
         # A MultiOptimizer may have chosen its optimizers only now.
@@ -401,13 +398,13 @@ class PolyakModel(RoutedModel):
             step = backend.compiled(step)
         return step(data)
 
-    def test_step(self, data):
+    def _test_batch(self, data):
         self._start_on_batch(data)
-        return super().test_step(data)
+        return super()._test_batch(data)
 
-    def predict_step(self, data):
+    def _predict_batch(self, data):
         self._start_on_batch(data)
-        return super().predict_step(data)
+        return super()._predict_batch(data)
 
     def make_train_function(self, force=False):
         self.shadow.follow()

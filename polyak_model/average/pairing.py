@@ -1,11 +1,20 @@
 """Which weight of an average follows which raw weight, and how."""
 
 import dataclasses
+import typing
 
 import keras
 
 from polyak_model import backend
 from polyak_model.average import cloning
+
+
+class Update(typing.NamedTuple):
+    """An average, its raw weight, and the residual of compensation or None."""
+
+    target: keras.Variable
+    raw: keras.Variable
+    residual: keras.Variable | None = None
 
 
 @dataclasses.dataclass(frozen=True)

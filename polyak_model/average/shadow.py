@@ -8,7 +8,7 @@ from keras import ops
 from polyak_model import backend
 from polyak_model.average import clone_check as probing
 from polyak_model.average import cloning
-from polyak_model.average.pairing import pair
+from polyak_model.average.pairing import Update, pair
 from polyak_model.saving import description as descriptions
 
 
@@ -175,12 +175,10 @@ class Shadow(keras.layers.Layer):
             self._move(partners, ops.where(moves, weight, 0.0))
 
     def _move(self, partners, weight):
-        if self.compensated:
-            backend.move_compensated(partners.averaged, weight)
-        else:
-            backend.move(partners.averaged, weight)
+        backend.update([Update(*each) for each in partners.averaged], weight)
         backend.assign(partners.rounded, weight)
-        backend.move(partners.mirrored, ops.cast(weight > 0, "float64"))
+        mirrored = [Update(*each) for each in partners.mirrored]
+        backend.update(mirrored, ops.cast(weight > 0, "float64"))
         backend.assign(partners.copied, weight)
 
     def follow(self, training=False):
@@ -197,7 +195,7 @@ class Shadow(keras.layers.Layer):
             return
         if backend.traces_for_export():
             # What is served elsewhere holds the average as it is now, and assigns nothing.
-            backend.apart(self.follow)
+            backend.outside_trace(self.follow)
             return
         if backend.replicas() == 1:
             with backend.lift():

@@ -38,10 +38,10 @@ class RoutedModel(StoredModel):
     def inference(self, route):
         self._inference = routing.check_route("inference", route)
 
-    def test_step(self, data):
+    def _test_batch(self, data):
         return self._router.evaluate(self._routes(), data)
 
-    def predict_step(self, data):
+    def _predict_batch(self, data):
         return self._router.answer(self._routes()[0], lambda model: model.predict_step(data))
 
     def make_test_function(self, force=False):

@@ -7,6 +7,7 @@ from keras import tree
 
 from polyak_model import backend
 from polyak_model.average.clone_check import forward
+from polyak_model.backend.keras_internals import lacks_metrics
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import Ensemble, join
 
@@ -96,7 +97,7 @@ class Router:
         Args:
             data: A batch `(x, y, sample_weight)`.
         """
-        models = [m for m in map(self.model, ROUTES) if m.compiled and backend.lacks_metrics(m)]
+        models = [m for m in map(self.model, ROUTES) if m.compiled and lacks_metrics(m)]
 
         def score(data):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
