@@ -1,12 +1,13 @@
 """Stochastic gradient descent on many replicas at once, averaged by this package.
 
 What the scripts in this folder share. The averages are moved by
-`polyak_model.backend.move`, with the weights of `polyak_model` rules, in one
+`polyak_model.backend.update`, with the weights of `polyak_model` rules, in one
 compiled loop with the descent itself.
 """
 
 import os
 import sys
+import types
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -66,7 +67,8 @@ def trajectories(take_step, start, rules, steps, every, label=None):
         for i in tf.range(tf.shape(schedule)[0]):
             iterate.assign(take_step(iterate.value(), first + tf.cast(i, "int64")))
             for j, average in enumerate(averages):
-                backend.move([(average, iterate)], schedule[i, j])
+                pair = types.SimpleNamespace(target=average, raw=iterate, residual=None)
+                backend.update([pair], schedule[i, j])
 
     schedule = np.stack([weights(rule, steps) for rule in rules], axis=1)
     descend = descend.get_concrete_function(

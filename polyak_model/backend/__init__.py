@@ -1,73 +1,25 @@
-"""The one place that knows the backend of Keras."""
+"""The current backend of Keras; `interface` documents what is here.
+
+This is the one place that chooses a backend.
+"""
+
+import importlib
+import pkgutil
 
 import keras
 
-if keras.backend.backend() != "tensorflow":
+from polyak_model.backend import interface
+
+_current = keras.backend.backend()
+_supported = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+if _current not in _supported:
     raise ImportError(
-        "polyak_model runs on the TensorFlow backend of Keras. Received: the backend "
-        f"'{keras.backend.backend()}'. Set the environment variable KERAS_BACKEND=tensorflow "
-        "before Keras is imported."
+        f"polyak_model runs on these backends of Keras: {', '.join(_supported)}. Received: the "
+        f"backend '{_current}'. Set the environment variable KERAS_BACKEND={_supported[0]} before "
+        "Keras is imported."
     )
 
-from polyak_model.backend.tensorflow.strategies import (
-    device,
-    local_replicas,
-    on_each_replica,
-    once,
-    replicas,
-    strategy_at_hand,
-    strategy_of,
-    strategy_of_optimizer,
-    strategy_scope,
-    synchronize,
-    waits_for_replicas,
-)
-from polyak_model.backend.tensorflow.trainer import (
-    apart,
-    assign,
-    compiled,
-    fingerprint,
-    keeps_updates,
-    lacks_metrics,
-    lift,
-    may_skip_steps,
-    optimizer_step,
-    rehearse,
-    runs_eagerly,
-    score,
-    symbolic,
-    traces_for_export,
-    when,
-)
-from polyak_model.backend.tensorflow.update import move, move_compensated
-
-__all__ = [
-    "apart",
-    "assign",
-    "compiled",
-    "device",
-    "fingerprint",
-    "keeps_updates",
-    "lacks_metrics",
-    "lift",
-    "local_replicas",
-    "may_skip_steps",
-    "move",
-    "move_compensated",
-    "on_each_replica",
-    "once",
-    "optimizer_step",
-    "rehearse",
-    "replicas",
-    "runs_eagerly",
-    "score",
-    "strategy_at_hand",
-    "strategy_of",
-    "strategy_of_optimizer",
-    "strategy_scope",
-    "symbolic",
-    "synchronize",
-    "traces_for_export",
-    "waits_for_replicas",
-    "when",
-]
+__all__ = [name for names in interface.MODULES.values() for name in names]
+for _module, _names in interface.MODULES.items():
+    _implementation = importlib.import_module(f"{__name__}.{_current}.{_module}")
+    globals().update({name: getattr(_implementation, name) for name in _names})

@@ -9,7 +9,28 @@ import contextlib
 import contextvars
 
 import keras
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models import Functional
+
+__all__ = [
+    "BuildHooks",
+    "backup_position",
+    "clear_losses",
+    "compilation",
+    "compile_arguments",
+    "flatten_layers",
+    "forward",
+    "in_stateless_scope",
+    "is_functional",
+    "lacks_metrics",
+    "lent_validation_data",
+    "loss_tracker",
+    "metric_direction",
+    "penalties",
+    "report_penalties",
+    "seed_states",
+    "untrained_weights",
+]
 
 _penalizing = contextvars.ContextVar("penalizing", default=False)
 
@@ -118,6 +139,20 @@ def lacks_metrics(model):
 def metric_direction(metric):
     """Returns whether a larger value of a metric is better, "max", or a smaller, "min"; or None."""
     return {"up": "max", "down": "min"}.get(getattr(metric, "_direction", None))
+
+
+class BuildHook:
+    """Mixin: before the first step under a strategy Keras calls `_build_on_batch(data)`."""
+
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        self._build_on_batch(data_batch)
+
+
+class CompileHook:
+    """Mixin: before a step Keras calls `_check_compiled(method_name)`."""
+
+    def _assert_compile_called(self, method_name=None):
+        self._check_compiled(method_name)
 
 
 @contextlib.contextmanager

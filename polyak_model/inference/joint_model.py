@@ -8,7 +8,9 @@ from polyak_model.backend import keras_internals
 from polyak_model.inference.ensemble import join
 
 
-class JointModel(backend.EvaluationSteps, keras.Model):
+class JointModel(
+    backend.EvaluationStep, backend.PredictionStep, keras_internals.BuildHook, keras.Model
+):
     """Predicts through a route, and scores several routes in one pass.
 
     It has compiled functions and metrics of its own, so that calls through

@@ -100,7 +100,7 @@ class Asked(tf.Module):
     @tf.function
     def ask(self, x):
         self.answers.append(backend.traces_for_export())
-        backend.apart(lambda: self.state.assign_add(1.0))
+        backend.outside_trace(lambda: self.state.assign_add(1.0))
         return x
 
 
@@ -128,4 +128,4 @@ def test_what_is_done_apart_is_done_once_and_leaves_nothing_in_the_graph():
 
 def test_what_fails_apart_fails_here():
     with pytest.raises(ZeroDivisionError):
-        backend.apart(lambda: 1 / 0)
+        backend.outside_trace(lambda: 1 / 0)

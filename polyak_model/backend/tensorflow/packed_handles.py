@@ -1,47 +1,63 @@
-"""Many variables as one tensor, and the order in which operations use them.
+"""Packs the handles of many variables into one tensor, to make calls of functions faster.
 
-A function that TensorFlow calls takes the handle of each variable that it uses as an argument,
-and with hundreds of small variables that takes as long as the arithmetic. Packed, they are one
-argument. But the order of the reads and writes of a variable, which TensorFlow keeps by the
-handle, it does not know for one that was packed, so it is told here.
+A function takes the handle of each variable that it uses as an argument, and with hundreds of
+small variables that takes as long as the arithmetic. Packed, they are one argument. But TensorFlow
+orders the reads and writes of a variable by its handle, and cannot see handles inside a tensor, so
+a resolver tells it which tensors stand for the same variable.
+
+This file can go once TensorFlow calls functions with hundreds of resource arguments as fast as
+with one: then `pack` and `unpack` do nothing, as they do already with `ENABLED = False`.
 """
 
 import collections
 import contextlib
 
 import tensorflow as tf
-from tensorflow.python.framework.auto_control_deps import register_acd_resource_resolver
+
+try:
+    from tensorflow.python.framework.auto_control_deps import register_acd_resource_resolver
+except ImportError:
+    register_acd_resource_resolver = None
+
+# Without the resolver the order of reads and writes would be lost.
+ENABLED = register_acd_resource_resolver is not None
 
 
 def pack(handles):
-    """Returns handles of variables as one tensor, to be captured by the graph at hand.
+    """Returns a list of tensors that stand for handles, to be captured by the current graph.
 
     Args:
-        handles: List of the handles of variables on one device.
+        handles: List of handles of variables on one device.
     """
+    if not ENABLED:
+        return handles
     with tf.init_scope():
         packed = tf.stack(handles)
     packed._packed_handles = tuple(handles)
-    return packed
+    return [packed]
 
 
-def unpack(packed):
-    """Returns the handles that were packed, in the graph at hand."""
-    return tf.unstack(packed)
+def unpack(tensors):
+    """Returns the handles that `pack` was given, in the current graph.
+
+    Args:
+        tensors: List of what `pack` returned.
+    """
+    return tf.unstack(tensors[0]) if ENABLED else tensors
 
 
 def _resolve_packed_handles(operation, reads, writes):
-    """Adds what else stands for the variables that an operation uses.
+    """Adds the other tensors that stand for the variables of an operation.
 
     Args:
         operation: A `tf.Operation`.
-        reads: Set of resources that it only reads, to which those are added.
-        writes: Set of the others, likewise.
+        reads: Set of the resources that it only reads, to be extended.
+        writes: Set of the other resources that it uses, to be extended.
 
     Returns:
-        Bool: whether any was added.
+        Bool: whether a resource was added.
     """
-    if operation.type == "Unpack":  # It uses handles, not what they stand for.
+    if operation.type == "Unpack":  # It uses handles, not the variables.
         return False
     return any(_add_aliases(operation.graph, resources) for resources in (reads, writes))
 
@@ -61,13 +77,13 @@ def _aliases(graph, resource):
     if resource.shape.rank == 1:
         index = _index(graph)
         variables = index.members.get(id(resource), ())
-        wholes = {id(whole): whole for v in variables for whole in index.packed[id(v)]}
-        return [*wholes.values(), *(alias for v in variables for alias in index.single[id(v)])]
+        packs = {id(packed): packed for v in variables for packed in index.packed[id(v)]}
+        return [*packs.values(), *(alias for v in variables for alias in index.single[id(v)])]
     return ()
 
 
 class _Index:
-    """What stands for each variable in a graph: tensors of one handle, and of packed ones."""
+    """The tensors that stand for each variable in a graph: single handles, and packed ones."""
 
     def __init__(self, graph):
         self.members = {}
@@ -82,13 +98,13 @@ class _Index:
         unpacks = [user for user in inner.consumers() if user.type == "Unpack"] if handles else ()
         self.single[id(origin)].append(inner)
         self.members[id(inner)] = handles
-        for place, handle in enumerate(handles):
+        for position, handle in enumerate(handles):
             self.packed[id(handle)].append(inner)
-            self.single[id(handle)] += [unpack.outputs[place] for unpack in unpacks]
+            self.single[id(handle)] += [unpack.outputs[position] for unpack in unpacks]
 
 
 def _captures(graph):
-    return getattr(graph, "captures", ())  # A graph that is no function's has none.
+    return getattr(graph, "captures", ())  # Only the graph of a function has them.
 
 
 def _origin(tensor, outside):
@@ -96,8 +112,8 @@ def _origin(tensor, outside):
 
     Args:
         tensor: A tensor, in a graph or not.
-        outside: Dict from graphs to what their captures are outside; it is
-            extended.
+        outside: Dict from a graph to its captured tensors by the id of the
+            inner one; it is extended.
     """
     while tf.is_symbolic_tensor(tensor):
         graph = tensor.graph
@@ -108,7 +124,7 @@ def _origin(tensor, outside):
 
 
 def _index(graph):
-    # The graph keeps it: held anywhere else it would keep the graph.
+    # The graph keeps its index: a cache outside would keep the graph alive.
     version, index = getattr(graph, "_index_of_handles", (None, None))
     if version != graph.version:
         index = _Index(graph)
@@ -116,5 +132,6 @@ def _index(graph):
     return index
 
 
-with contextlib.suppress(KeyError):  # Registered before this module was loaded anew.
-    register_acd_resource_resolver(_resolve_packed_handles)
+if register_acd_resource_resolver is not None:
+    with contextlib.suppress(KeyError):  # Already registered, when this module is reloaded.
+        register_acd_resource_resolver(_resolve_packed_handles)

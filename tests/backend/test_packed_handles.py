@@ -1,8 +1,10 @@
 import gc
+import importlib
 import weakref
 
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import auto_control_deps
 
 from polyak_model.backend.tensorflow import packed_handles as handles
 
@@ -13,7 +15,7 @@ def variables():
 
 
 def add_one(packed):
-    """Adds one to each variable of a pack, and returns the operations that do."""
+    """Adds one to each packed variable and returns the operations."""
     return [
         tf.raw_ops.AssignAddVariableOp(resource=handle, value=tf.constant([1.0]))
         for handle in handles.unpack(packed)
@@ -29,7 +31,7 @@ def read(variable):
 
 
 def precedes(first, last):
-    """Tells whether TensorFlow must run one operation before another."""
+    """Returns whether TensorFlow must run one operation before another."""
     waiting, seen = [last], set()
     while waiting:
         operation = waiting.pop()
@@ -176,6 +178,25 @@ def test_a_pack_lives_as_long_as_the_function_that_captured_it(variables):
 
 
 def test_other_tensors_of_resources_are_left_alone(variables):
-    stacked = tf.stack([v.handle for v in variables])
+    stacked = [tf.stack([v.handle for v in variables])]
     traced(lambda: add_one(stacked))
+    assert [float(v[0]) for v in variables] == [1, 2, 3]
+
+
+@pytest.fixture
+def without_resolver(monkeypatch):
+    """Reloads the module as under a TensorFlow that lacks the resolver."""
+    with monkeypatch.context() as patch:
+        patch.delattr(auto_control_deps, "register_acd_resource_resolver")
+        importlib.reload(handles)
+    yield
+    importlib.reload(handles)
+
+
+@pytest.mark.usefixtures("without_resolver")
+def test_without_a_resolver_handles_are_not_packed(variables):
+    assert not handles.ENABLED
+    function = tf.function(lambda: add_one(pack(variables)) and None).get_concrete_function()
+    assert len(function.captured_inputs) == 3
+    function()
     assert [float(v[0]) for v in variables] == [1, 2, 3]

@@ -9,9 +9,11 @@ import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairs import Pair
 
 from polyak_model import PolyakModel, backend
-from polyak_model.backend.tensorflow import update as moves
+from polyak_model.backend.tensorflow import kernels, packed_handles
+from polyak_model.backend.tensorflow import update as updates
 
 # TensorFlow's kernels flush subnormal numbers to zero.
 FLOATS = st.lists(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), min_size=4, max_size=4)
@@ -32,8 +34,9 @@ def call(function):
 MEANS = {
     "eager": (call, {"HUGE": 1}),
     "graph": (tf.function, {"HUGE": 1}),
-    "graph, together": (tf.function, {}),
-    "graph, together, asked apart": (tf.function, {"FEW": 1}),
+    "graph, grouped": (tf.function, {}),
+    "graph, grouped, checked separately": (tf.function, {"FEW": 1}),
+    "graph, grouped, not packed": (tf.function, {"ENABLED": False}),
     "compiled": (tf.function, {"LARGE": 1, "HUGE": 1}),
     "compiled, eager": (call, {"LARGE": 1, "HUGE": 1}),
     "compiled as a whole": (compile_whole, {}),
@@ -42,48 +45,49 @@ MEANS = {
 
 @pytest.fixture(params=MEANS)
 def compiler(request, monkeypatch):
-    """How a function that moves averages is called, by each means of moving them."""
-    compiler, limits = MEANS[request.param]
-    for name, limit in limits.items():
-        monkeypatch.setattr(moves, name, limit)
+    """Compiles a function that updates averages, once for each means of updating them."""
+    compiler, settings = MEANS[request.param]
+    for name, value in settings.items():
+        module = packed_handles if name == "ENABLED" else updates
+        monkeypatch.setattr(module, name, value)
     return compiler
 
 
 @pytest.fixture
 def plain(compiler):
-    """Moves an average from one vector of four towards another."""
-    a, w = pair = variables(np.zeros(4), np.zeros(4))
-    move = compiler(lambda weight: backend.move([pair], weight))
+    """Updates an average of four values."""
+    pair = a, w, _ = Pair(*variables(np.zeros(4), np.zeros(4)))
+    update = compiler(lambda weight: backend.update([pair], weight))
 
-    def moved(average, iterate, weight):
+    def updated(average, iterate, weight):
         a.assign(np.array(average, "float32"))
         w.assign(np.array(iterate, "float32"))
-        move(tf.constant(weight, "float64"))
+        update(tf.constant(weight, "float64"))
         return a.numpy()
 
-    return moved
+    return updated
 
 
 @pytest.fixture
 def compensated(compiler):
-    """Moves an average and its residual."""
-    a, w, r = triple = variables(*[np.zeros(4)] * 3)
-    move = compiler(lambda weight: backend.move_compensated([triple], weight))
+    """Updates an average and its residual."""
+    pair = a, w, r = Pair(*variables(*[np.zeros(4)] * 3))
+    update = compiler(lambda weight: backend.update([pair], weight))
 
-    def moved(average, iterate, residual, weight):
+    def updated(average, iterate, residual, weight):
         a.assign(np.array(average, "float32"))
         w.assign(np.array(iterate, "float32"))
         r.assign(np.array(residual, "float32"))
-        move(tf.constant(weight, "float64"))
+        update(tf.constant(weight, "float64"))
         return a.numpy(), r.numpy()
 
-    return moved
+    return updated
 
 
-SAME_MEANS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+SAME_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@SAME_MEANS
+@SAME_FIXTURE
 @given(average=FLOATS, iterate=FLOATS)
 def test_a_weight_of_one_is_the_iterate_and_of_zero_the_average_bit_for_bit(
     plain, average, iterate
@@ -93,15 +97,15 @@ def test_a_weight_of_one_is_the_iterate_and_of_zero_the_average_bit_for_bit(
         np.testing.assert_array_equal(moved, np.array(expected, "float32"))
 
 
-@SAME_MEANS
+@SAME_FIXTURE
 @given(average=FLOATS, weight=st.floats(0, 1))
 def test_an_average_that_equals_the_iterate_stays_bit_for_bit(plain, average, weight):
     np.testing.assert_array_equal(plain(average, average, weight), np.array(average, "float32"))
 
 
-@SAME_MEANS
+@SAME_FIXTURE
 @given(average=FLOATS, iterate=FLOATS, weight=st.floats(0, 1))
-def test_a_move_is_exact_to_three_roundings(plain, average, iterate, weight):
+def test_an_update_is_exact_to_three_roundings(plain, average, iterate, weight):
     a, w = (np.array(values, "float32").astype("float64") for values in (average, iterate))
     expected = a + np.float64(np.float32(weight)) * (w - a)
     scale = np.maximum(np.abs(a), np.abs(w))
@@ -110,7 +114,7 @@ def test_a_move_is_exact_to_three_roundings(plain, average, iterate, weight):
     assert np.all(error <= 3 * np.finfo("float32").eps * scale + np.finfo("float32").tiny)
 
 
-@SAME_MEANS
+@SAME_FIXTURE
 @given(average=FLOATS, iterate=FLOATS, weight=st.floats(0, 1))
 def test_compensation_keeps_the_sum_of_average_and_residual_exact(
     compensated, average, iterate, weight
@@ -136,40 +140,70 @@ def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated, b
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_iterate_that_is_not_finite_keeps_no_other_from_moving(bad, compiler, monkeypatch):
-    monkeypatch.setattr(moves, "TOGETHER", 4)
-    monkeypatch.setattr(moves, "FEW", max(moves.FEW, 2))
-    pairs = [variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0]) for n in range(5)]
-    compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
-    moved = [a.numpy().tolist() for a, _ in pairs]
+def test_an_iterate_that_is_not_finite_does_not_stop_the_other_averages(bad, compiler, monkeypatch):
+    monkeypatch.setattr(updates, "TOGETHER", 4)
+    monkeypatch.setattr(updates, "FEW", max(updates.FEW, 2))
+    pairs = [Pair(*variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0])) for n in range(5)]
+    compiler(lambda: backend.update(pairs, tf.constant(0.25, "float64")))()
+    moved = [a.numpy().tolist() for a, *_ in pairs]
     assert moved == [[1.5, 1.0 if n == 2 else 1.5] for n in range(5)]
 
 
-def test_iterates_whose_sums_overflow_are_averaged_as_others(plain):
+LARGEST = float(np.finfo("float32").max)
+OVERFLOWING = [
+    ([LARGEST, -LARGEST, 3e38, -2e38], [-LARGEST, LARGEST, -3e38, 2.5e38]),
+    ([1e38, -3e38, 0.0, LARGEST], [-3e38, 1e38, LARGEST, -1.0]),
+]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-9, 0.25, 0.999, 1.0])
+@pytest.mark.parametrize(("average", "iterate"), OVERFLOWING)
+def test_an_average_of_finite_iterates_is_finite_though_their_difference_overflows(
+    plain, compensated, average, iterate, weight
+):
+    a, w = np.float64(np.float32(average)), np.float64(np.float32(iterate))
+    c = np.float64(np.float32(weight))
+    tolerance = 3 * np.finfo("float32").eps * np.maximum(np.abs(a), np.abs(w))
+    assert np.all(np.abs(plain(average, iterate, weight) - ((1 - c) * a + c * w)) <= tolerance)
+    residual = np.float32(np.abs(average) * 2.0**-26)
+    moved, rest = compensated(average, iterate, residual, weight)
+    exact = (1 - c) * (a + residual) + c * w
+    assert np.all(np.abs(moved - exact) <= tolerance)
+    assert np.all(np.abs(moved + np.float64(rest) - exact) <= tolerance)
+
+
+@pytest.mark.parametrize("bad", [LARGEST, 3e38])
+def test_large_iterates_of_opposite_signs_do_not_hide_each_other(bad, compiler):
+    pairs = [Pair(*variables([-sign * bad], [sign * bad])) for sign in (1, -1)]
+    compiler(lambda: backend.update(pairs, tf.constant(0.25, "float64")))()
+    np.testing.assert_allclose([a.numpy()[0] for a, *_ in pairs], [-bad / 2, bad / 2], rtol=3e-7)
+
+
+def test_iterates_whose_squares_overflow_are_averaged_like_others(plain):
     large = np.float32(2.0**127)
     moved = plain([0.0] * 4, [large, large, -large, 1.0], 0.5)
     np.testing.assert_array_equal(moved, np.float32([large / 2, large / 2, -large / 2, 0.5]))
 
 
-def test_what_follows_a_move_sees_it(compiler):
+def test_operations_after_an_update_see_it(compiler):
     a, w = variables([1.0, 2.0], [5.0, 6.0])
 
     def twice():
         before = a + 0.0
-        backend.move([(a, w)], tf.constant(0.5, "float64"))
+        backend.update([Pair(a, w)], tf.constant(0.5, "float64"))
         between = a + 0.0
         w.assign(between + 4.0)
-        backend.move([(a, w)], tf.constant(0.5, "float64"))
+        backend.update([Pair(a, w)], tf.constant(0.5, "float64"))
         after = a + 0.0
-        backend.move([(a, w)], tf.constant(1.0, "float64"))
+        backend.update([Pair(a, w)], tf.constant(1.0, "float64"))
         return before, between, after, a + 0.0
 
     np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
 
 
 @pytest.mark.slow
-def test_what_follows_a_move_sees_it_where_xla_compiles_parts_of_a_graph_at_its_own_choice():
-    test = f"{__file__}::{test_what_follows_a_move_sees_it.__name__}"
+def test_operations_after_an_update_see_it_where_xla_clusters_parts_of_a_graph():
+    test = f"{__file__}::{test_operations_after_an_update_see_it.__name__}"
     flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", test],
@@ -178,39 +212,39 @@ def test_what_follows_a_move_sees_it_where_xla_compiles_parts_of_a_graph_at_its_
     )
 
 
-def test_averages_of_several_sizes_and_dtypes_move_together(compiler, monkeypatch):
+def test_averages_of_several_shapes_and_dtypes_are_updated(compiler, monkeypatch):
     for limit in ("LARGE", "HUGE"):
-        monkeypatch.setattr(moves, limit, min(getattr(moves, limit), 3))
+        monkeypatch.setattr(updates, limit, min(getattr(updates, limit), 3))
     pairs = [
-        variables(np.zeros(shape), np.ones(shape), dtype=dtype)
+        Pair(*variables(np.zeros(shape), np.ones(shape), dtype=dtype))
         for shape in ((), (2,), (3,), (2, 3))
         for dtype in ("float32", "float64")
     ]
-    compiler(lambda: backend.move(pairs, tf.constant(0.25, "float64")))()
-    for a, _ in pairs:
+    compiler(lambda: backend.update(pairs, tf.constant(0.25, "float64")))()
+    for a, *_ in pairs:
         np.testing.assert_array_equal(a.numpy(), np.full(a.shape, 0.25))
 
 
 @pytest.mark.parametrize(("size", "branches"), [(1, 3), (2**16, 1)])
-def test_a_part_of_small_averages_is_asked_apart_and_fewer_at_a_time(size, branches, monkeypatch):
-    monkeypatch.setattr(moves, "FEW", 2)
-    pairs = [variables(np.zeros(size), np.ones(size)) for _ in range(5)]
+def test_groups_of_small_averages_are_smaller_and_checked_separately(size, branches, monkeypatch):
+    monkeypatch.setattr(updates, "FEW", 2)
+    pairs = [Pair(*variables(np.zeros(size), np.ones(size))) for _ in range(5)]
     weight = tf.constant(0.25, "float64")
-    graph = tf.function(lambda: backend.move(pairs, weight)).get_concrete_function().graph
+    graph = tf.function(lambda: backend.update(pairs, weight)).get_concrete_function().graph
     operations = collections.Counter(operation.type for operation in graph.get_operations())
     assert operations["If"] == branches
-    assert operations["L2Loss"] == (0 if size == 1 else 1)
+    assert operations["L2Loss"] == (0 if size == 1 else 5)
 
 
 @pytest.mark.parametrize("iterate_dtype", ["bfloat16", "float16", "float64"])
-def test_an_average_moves_in_its_own_dtype(compiler, iterate_dtype):
+def test_an_average_is_updated_in_its_own_dtype(compiler, iterate_dtype):
     a = keras.Variable([1.0, 2.0], dtype="float32")
     w = keras.Variable([1.5, 8.0], dtype=iterate_dtype)
-    compiler(lambda: backend.move([(a, w)], tf.constant(2**-12, "float64")))()
+    compiler(lambda: backend.update([Pair(a, w)], tf.constant(2**-12, "float64")))()
     np.testing.assert_array_equal(a.numpy(), np.float32([1 + 2**-13, 2 + 6 * 2**-12]))
 
 
-def test_a_tape_does_not_look_into_a_move(compiler):
+def test_an_update_leaves_no_trace_on_a_gradient_tape(compiler):
     inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model = PolyakModel(inner, 0.5)
     weights = inner.trainable_variables
@@ -218,12 +252,12 @@ def test_a_tape_does_not_look_into_a_move(compiler):
 
     def gradients():
         with tf.GradientTape() as tape:
-            answers = model.average_model(x), inner(x)
+            outputs = model.average_model(x), inner(x)
             for weight in weights:
                 weight.assign(weight + 1.0)
             model.update_average()
-            answers = *answers, model.average_model(x)
-            loss = sum(tf.reduce_sum(answer**2) for answer in answers)
+            outputs = *outputs, model.average_model(x)
+            loss = sum(tf.reduce_sum(output**2) for output in outputs)
         return tape.gradient(loss, weights)
 
     def expected():
@@ -236,27 +270,27 @@ def test_a_tape_does_not_look_into_a_move(compiler):
 
 
 def test_variables_of_equal_shape_share_one_compiled_function(monkeypatch):
-    monkeypatch.setattr(moves, "LARGE", 1)
-    monkeypatch.setattr(moves, "HUGE", 1)
-    moves._traced.cache_clear()
-    pairs = [variables(np.zeros((2, 3)), np.ones((2, 3))) for _ in range(4)]
+    monkeypatch.setattr(updates, "LARGE", 1)
+    monkeypatch.setattr(updates, "HUGE", 1)
+    kernels.traced.cache_clear()
+    pairs = [Pair(*variables(np.zeros((2, 3)), np.ones((2, 3)))) for _ in range(4)]
     for _ in range(2):
-        tf.function(lambda: backend.move(pairs, tf.constant(0.5, "float64")))()
-    assert moves._traced.cache_info().currsize == 1
-    assert all(a.numpy().tolist() == [[0.75] * 3] * 2 for a, _ in pairs)
+        tf.function(lambda: backend.update(pairs, tf.constant(0.5, "float64")))()
+    assert kernels.traced.cache_info().currsize == 1
+    assert all(a.numpy().tolist() == [[0.75] * 3] * 2 for a, *_ in pairs)
 
 
-def test_where_xla_is_missing_large_averages_move_by_operations(monkeypatch):
+def test_without_xla_large_averages_are_updated_by_single_operations(monkeypatch):
     def function(*args, **kwargs):
-        raise tf.errors.UnimplementedError(None, None, "no XLA here")
+        raise tf.errors.UnimplementedError(None, None, "XLA is missing")
 
-    monkeypatch.setattr(moves, "LARGE", 1)
-    moves.xla_works.cache_clear()
+    monkeypatch.setattr(updates, "LARGE", 1)
+    kernels.xla_works.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(tf, "function", function)
-        assert not moves.xla_works()
+        assert not kernels.xla_works()
         a, w = variables([1.0], [2.0])
-        backend.move([(a, w)], tf.constant(0.5, "float64"))
-    moves.xla_works.cache_clear()
-    assert moves.xla_works()
+        backend.update([Pair(a, w)], tf.constant(0.5, "float64"))
+    kernels.xla_works.cache_clear()
+    assert kernels.xla_works()
     assert a.numpy() == 1.5

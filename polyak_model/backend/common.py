@@ -1,0 +1,100 @@
+"""What the backends share: the optimizers of a model, and placeholders."""
+
+import sys
+import types
+
+import keras
+from keras import tree
+
+# Objects of these packages refer to much, but not to optimizers; layers are searched all the same.
+_LIBRARIES = frozenset(
+    {*sys.stdlib_module_names, "h5py", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torch"}
+)
+
+
+def optimizers_of(model):
+    """Returns the optimizers that a model or one of its layers refers to, each once.
+
+    A training step of the user's own may keep several: in attributes, in dicts,
+    lists, tuples and sets, and in objects of the user's own, at any depth. An
+    optimizer inside another one is not listed.
+
+    Args:
+        model: A `keras.Model`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.optimizers = {"slow": keras.optimizers.SGD(), "fast": [keras.optimizers.Adam()]}
+    >>> [optimizer.name for optimizer in optimizers_of(model)]
+    ['sgd', 'adam']
+    """
+    found, seen, readers, waiting = [], set(), {}, [model]
+    while waiting:
+        value = waiting.pop()
+        # The class that a proxy of TensorFlow stands for, not that of the proxy.
+        kind = value.__class__
+        if kind not in readers:
+            readers[kind] = _reader(kind)
+        if readers[kind] is None or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, keras.optimizers.Optimizer):
+            found.append(value)
+        else:
+            waiting.extend(reversed(list(readers[kind](value))))
+    return found
+
+
+def _reader(kind):
+    """Returns a function from an object of a class to what it refers to, or None to skip it."""
+    if issubclass(kind, dict):
+        return lambda value: value.values()
+    if issubclass(kind, (list, tuple, set, frozenset)):
+        return iter
+    searched = (keras.Layer, keras.optimizers.Optimizer, types.SimpleNamespace)
+    is_foreign = kind.__module__.partition(".")[0] not in _LIBRARIES
+    if issubclass(kind, searched) or (is_foreign and not issubclass(kind, type)):
+        return _attributes
+    return None
+
+
+def _attributes(value):
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        for name in getattr(kind, "__slots__", ()):
+            yield getattr(value, name, None)
+
+
+def stepping_optimizers(model):
+    """Returns the optimizers of a model that count the steps it takes, a list.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+    # A loss-scaling optimizer counts steps in its inner optimizer, which the oldest Keras does not
+    # pass on. A MultiOptimizer counts batches, whether or not its optimizers take a step.
+    found = []
+    for optimizer in optimizers_of(model):
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        if hasattr(inner, "optimizers") and not inner.built:
+            inner.build(model.trainable_variables)  # It may create its optimizers only now.
+        found.extend(getattr(inner, "optimizers", [inner]))
+    return list({id(optimizer): optimizer for optimizer in found}.values())
+
+
+def may_skip_steps(model):
+    scaling = keras.optimizers.LossScaleOptimizer
+    return any(isinstance(optimizer, scaling) for optimizer in optimizers_of(model)) or any(
+        optimizer.gradient_accumulation_steps for optimizer in stepping_optimizers(model)
+    )
+
+
+def symbolic(inputs):
+    def placeholder(tensor):
+        if tensor is None:
+            return None
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        return keras.KerasTensor(tuple(tensor.shape), dtype)
+
+    return tree.map_structure(placeholder, inputs)

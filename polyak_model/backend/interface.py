@@ -1,0 +1,347 @@
+"""What a backend provides, documented once.
+
+`polyak_model.backend.<name>` is the implementation for the current backend of Keras. Each
+backend has a folder, with one file for each key of `MODULES` and in it the functions and classes
+listed there, under the signatures below. A folder may hold further files for itself.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import keras
+
+MODULES = {
+    "update": ("assign", "update"),
+    "fingerprint": ("fingerprint",),
+    "trainer": (
+        "EvaluationStep",
+        "PredictionStep",
+        "Trainer",
+        "TrainingStep",
+        "call_step",
+        "may_skip_steps",
+        "optimizer_step",
+        "rehearse",
+        "score",
+        "sync",
+    ),
+    "tracing": (
+        "compiled",
+        "keeps_updates",
+        "lift",
+        "outside_trace",
+        "runs_eagerly",
+        "symbolic",
+        "traces_for_export",
+        "when",
+    ),
+    "placement": (
+        "device",
+        "on_each_replica",
+        "once",
+        "replicas",
+        "strategy_scope",
+        "synchronize",
+    ),
+    "checks": ("check_compilation", "check_method", "check_placement"),
+}
+
+Tensor = Any
+Nested = Any
+
+
+class Pair(Protocol):
+    """An average and the weight that it averages, variables of equal shape."""
+
+    target: keras.Variable
+    """What is updated: the average, or its float32 master copy."""
+    raw: keras.Variable | Tensor
+    """The iterate."""
+    residual: keras.Variable | None
+    """The rounding error carried along by compensation."""
+
+
+# update.py: averages, and copies.
+
+
+def update(pairs: Sequence[Pair], weight: Tensor) -> None:
+    """Updates averages in place.
+
+        target += weight * (raw - target)
+
+    A weight of 1 copies the iterate and a weight of 0 leaves the average, bit
+    for bit; so does an iterate that equals the average. Where the iterate is
+    inf or NaN, the average stays. It is finite wherever the iterate is, also
+    where `raw - target` overflows.
+
+    Where `residual` is not None, it carries the rounding error along, and
+    `target + residual` is the average to twice the precision.
+
+    Args:
+        pairs: The averages to update.
+        weight: Scalar float64 tensor in [0, 1].
+
+    Reference:
+        Kahan 1965, Further remarks on reducing truncation errors.
+    """
+
+
+def assign(
+    pairs: Iterable[tuple[keras.Variable, keras.Variable | Tensor]], weight: Tensor | float = 1.0
+) -> None:
+    """Copies values: `target = source` where `weight` is above 0.
+
+    Args:
+        pairs: `(target, source)` of equal shape; the source is cast.
+        weight: Scalar, 0 to change nothing. Defaults to 1.
+    """
+
+
+# fingerprint.py: whether weights have changed.
+
+
+def fingerprint(variables: Iterable[keras.Variable]) -> Tensor:
+    """Returns a hash of the values of variables, a scalar integer tensor other than 0.
+
+    A change of one value always changes it. Changes of several values cancel
+    with a probability of about 2**-32.
+
+    Args:
+        variables: Float variables.
+    """
+
+
+# trainer.py: the steps that Keras compiles, and what they need.
+
+
+class TrainingStep:
+    """Mixin that makes Keras train by `_train_batch(data)`, which returns the logs.
+
+    Put it before `keras.Model` among the bases. `_train_batch` may assign to
+    variables, whatever signature the `train_step` of this backend has. A class
+    that does not inherit from it keeps Keras's `train_step`.
+    """
+
+
+class EvaluationStep:
+    """Mixin that makes Keras evaluate by `_test_batch(data)`, which returns the logs."""
+
+
+class PredictionStep:
+    """Mixin that makes Keras predict by `_predict_batch(data)`, which returns the outputs."""
+
+
+class Trainer(TrainingStep, EvaluationStep, PredictionStep):
+    """All three steps, and what Keras does before the first of them.
+
+    The subclass also implements `_build_on_batch(data)`, which creates all
+    variables for a batch, and `_check_compiled(method_name)`, which raises
+    `ValueError` unless the model can run the method. `data` is None where Keras
+    passes an iterator instead of a batch.
+    """
+
+
+def call_step(model: keras.Model, name: str, data: Nested) -> Nested:
+    """Calls a step of another model inside a step of ours.
+
+    Args:
+        model: A compiled model.
+        name: `"train_step"`, `"test_step"` or `"predict_step"`.
+        data: The batch.
+
+    Returns:
+        The logs, or the outputs of `predict_step`.
+    """
+
+
+def optimizer_step(model: keras.Model) -> Tensor:
+    """Returns the number of steps that the optimizers of a model have taken, an integer tensor.
+
+    Under gradient accumulation and loss scaling it advances when the weights
+    do, not at every batch. The steps of several optimizers are summed.
+
+    Args:
+        model: A compiled model.
+    """
+
+
+def may_skip_steps(model: keras.Model) -> bool:
+    """Returns whether a batch may leave the weights unchanged: accumulation, loss scaling.
+
+    Args:
+        model: A compiled model.
+    """
+
+
+def score(
+    model: keras.Model, x: Nested, y: Nested, sample_weight: Nested, outputs: Nested
+) -> dict[str, Tensor]:
+    """Updates the loss and the metrics of a model from given outputs, and returns the logs.
+
+    It is `test_step` of Keras without the forward pass.
+
+    Args:
+        model: A compiled model.
+        x: Inputs of the batch.
+        y: Targets of the batch.
+        sample_weight: Sample weights of the batch, or None.
+        outputs: The outputs to score.
+    """
+
+
+def rehearse(
+    function: Callable[[Nested], Any], batch: Nested, variables: Iterable[keras.Variable]
+) -> None:
+    """Traces a function and drops the trace: it creates its variables and changes none.
+
+    Args:
+        function: What to trace.
+        batch: Its argument: tensors, arrays and None.
+        variables: The existing variables that it reads.
+    """
+
+
+def sync(model: keras.Model) -> None:
+    """Writes state that a training loop keeps elsewhere back to the variables of a model.
+
+    Call it before variables are read or written outside of a step.
+
+    Args:
+        model: The model that is trained.
+    """
+
+
+# tracing.py: eager execution and graphs.
+
+
+def when(condition: Tensor | bool, function: Callable[[], Any]) -> None:
+    """Calls a function if a condition holds, also where the condition is traced.
+
+    Args:
+        condition: Bool or scalar boolean tensor.
+        function: Its result is dropped.
+    """
+
+
+def compiled(function: Callable) -> Callable:
+    """Returns a function that is compiled as a whole by the compiler of the backend."""
+
+
+def runs_eagerly() -> bool:
+    """Returns whether operations are executed now rather than traced."""
+
+
+def keeps_updates() -> bool:
+    """Returns whether assignments last; they do not while Keras only infers shapes."""
+
+
+def traces_for_export() -> bool:
+    """Returns whether operations are traced into a graph that is saved and served elsewhere."""
+
+
+def lift() -> contextlib.AbstractContextManager:
+    """Returns a context that executes operations now, even inside a trace."""
+
+
+def outside_trace(function: Callable[[], Any]) -> None:
+    """Calls a function now, without the current trace recording which variables it uses.
+
+    Args:
+        function: Its result is dropped.
+    """
+
+
+def symbolic(inputs: Nested) -> Nested:
+    """Returns a `keras.KerasTensor` for each tensor or array of a batch, None for None.
+
+    Args:
+        inputs: A nested structure.
+    """
+
+
+# placement.py: devices and replicas.
+
+
+def device(name: str | None) -> contextlib.AbstractContextManager:
+    """Returns a context in which the variables and the arithmetic of an average are placed.
+
+    Args:
+        name: A device such as `"CPU:0"`, or None for the current one.
+    """
+
+
+def strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager:
+    """Returns a context that distributes new variables as those of a model are."""
+
+
+def on_each_replica(model: keras.Model, function: Callable[[], Any]) -> None:
+    """Calls a function once on each replica of a model.
+
+    Args:
+        model: A model, replicated or not.
+        function: Its result is dropped.
+    """
+
+
+def once(function: Callable[[], Any]) -> None:
+    """Calls a function now, even inside a trace, and once for all replicas.
+
+    Args:
+        function: Its result is dropped.
+    """
+
+
+def replicas() -> int:
+    """Returns how many replicas run the current code, 1 outside of replicas."""
+
+
+def synchronize(variables: Sequence[keras.Variable]) -> list[Tensor]:
+    """Returns values of variables that are equal on all replicas.
+
+    Floats are averaged; of anything else it is the value of the first replica.
+    Each replica has to call it, outside of conditions.
+
+    Args:
+        variables: The variables to read.
+    """
+
+
+# checks.py: what cannot be trained where it is placed.
+
+
+def check_placement(model: keras.Model, device: str | None) -> None:
+    """Raises `ValueError` unless an average of a model can be placed.
+
+    Args:
+        model: The model to wrap.
+        device: The device that was requested, or None.
+    """
+
+
+def check_compilation(
+    model: keras.Model,
+    arguments: Nested,
+    run_eagerly: bool = False,
+    jit_compile: bool | str = "auto",
+    steps_per_execution: int = 1,
+    **_: Any,
+) -> None:
+    """Raises `ValueError` if Keras cannot train a distributed model that is compiled so.
+
+    Args:
+        model: The model to compile.
+        arguments: A nested structure that may contain optimizers.
+        run_eagerly: As in `compile`.
+        jit_compile: As in `compile`.
+        steps_per_execution: As in `compile`.
+    """
+
+
+def check_method(model: keras.Model, method: str) -> None:
+    """Raises `ValueError` if Keras cannot run a method of a distributed model.
+
+    Args:
+        model: A compiled model.
+        method: Name of a method that trains or evaluates.
+    """

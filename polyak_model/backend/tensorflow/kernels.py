@@ -1,0 +1,85 @@
+"""The formulas of an update, and their functions in TensorFlow, compiled by XLA or not."""
+
+import functools
+
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+
+def updated(c, w, a):
+    """Returns `a + c * (w - a)`, as a tuple of one."""
+    moved = a + c * (w - a)
+    # Where the difference overflows, `a` and `w` have opposite signs, and this cannot overflow.
+    moved = tf.where(tf.math.is_finite(moved), moved, (1 - c) * a + c * w)
+    moved = tf.where(c == 1, w, moved)
+    return (tf.where(tf.math.is_finite(w), moved, a),)
+
+
+def updated_compensated(c, w, a, r):
+    """Returns the same for an average of twice the precision, `a + r`, and its new residual."""
+    step = _step(c, w, a, r)
+    moved = a + step
+    rest = step - (moved - a)
+    # Where the difference overflows, it does not at a quarter of the scale, which is exact.
+    overflows = tf.logical_not(tf.math.is_finite(rest))
+    moved = tf.where(overflows, (1 - c) * a + c * w, moved)
+    rest = tf.where(overflows, 4 * (_step(c, w / 4, a / 4, r / 4) - (moved / 4 - a / 4)), rest)
+    moved, rest = tf.where(c == 1, w, moved), tf.where(c == 1, tf.zeros_like(r), rest)
+    finite = tf.math.is_finite(w)
+    return tf.where(finite, moved, a), tf.where(finite, rest, r)
+
+
+def _step(c, w, a, r):
+    return c * ((w - a) - r) + r
+
+
+def read(handle, shape, dtype):
+    """Returns the value of a variable, given its handle."""
+    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+    value.set_shape(shape)
+    return value
+
+
+@functools.cache
+def traced(formula, count, shape, dtype, iterate_dtype, jit_compile=None):
+    """Returns a function of the weight, the iterate and handles that applies a formula in place.
+
+    Variables are arguments, so that all those of one shape share one function.
+
+    Args:
+        formula: One of this module.
+        count: Int, the number of handles.
+        shape: Tuple, the shape of the variables, or None for any.
+        dtype: The dtype of the variables.
+        iterate_dtype: The dtype of the iterate.
+        jit_compile: Bool. Whether XLA compiles it.
+    """
+    resource = tf.TensorSpec((), tf.resource)
+
+    def apply(weight, w, *handles):
+        values = [read(handle, shape, dtype) for handle in handles]
+        results = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
+        for handle, value in zip(handles, results, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+
+    with tf.init_scope():
+        function = tf.function(apply, jit_compile=jit_compile, autograph=False)
+        return function.get_concrete_function(
+            tf.TensorSpec((), "float64"), tf.TensorSpec(shape, iterate_dtype), *[resource] * count
+        )
+
+
+def inside_xla():
+    """Returns whether the current graph is compiled by XLA as a whole."""
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+@functools.cache
+def xla_works():
+    """Returns whether this build of TensorFlow includes XLA."""
+    try:
+        with tf.init_scope():
+            tf.function(lambda: tf.constant(1.0) + 1.0, jit_compile=True)()
+    except tf.errors.OpError:
+        return False
+    return True
