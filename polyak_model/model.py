@@ -16,7 +16,7 @@ from polyak_model.training_checks import check_clone_function, check_model, chec
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(backend.TrainingSteps, RoutedModel):
+class PolyakModel(backend.Trainer, RoutedModel):
     """Trains a model and keeps the running average of its weights beside it.
 
     After each optimizer step, inside the training step,

@@ -77,9 +77,8 @@ def find_layers(model, trained=None):
 
 def _all_layers(model):
     kind = keras.layers.BatchNormalization
-    return list(
-        dict.fromkeys(x for x in keras_internals.flatten_layers(model) if isinstance(x, kind))
-    )
+    layers = keras_internals.flatten_layers(model)
+    return list(dict.fromkeys(layer for layer in layers if isinstance(layer, kind)))
 
 
 def nothing_to_refresh(model):
@@ -268,7 +267,7 @@ def _state_kept(model):
         backend.assign(zip(variables, values, strict=True))
 
 
-class _Reader(backend.EvaluationSteps, keras.Model):
+class _Reader(backend.EvaluationStep, keras.Model):
     """Lets Keras read data of any kind, with its progress bar, and hands each batch on."""
 
     def __init__(self, read):

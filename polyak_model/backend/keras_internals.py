@@ -130,6 +130,11 @@ def compile_arguments(model):
     return arguments
 
 
+def loss_tracker(model):
+    """Returns the metric that holds the mean loss of a compiled model."""
+    return model._loss_tracker
+
+
 def lacks_metrics(model):
     """Returns whether a compiled model creates metrics at its first batch."""
     parts = (model._compile_metrics, model._compile_loss)

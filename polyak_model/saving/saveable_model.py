@@ -1,18 +1,18 @@
-"""A model whose files are written whole, and loaded wholly or not at all."""
+"""A model whose files are written atomically, and loaded as a whole or not at all."""
 
 import contextlib
 import math
 import os
 
 import keras
-import ml_dtypes  # noqa: F401  So that NumPy knows bfloat16.
 import numpy as np
 
 from polyak_model import backend
+from polyak_model.backend.common import optimizers_of
 from polyak_model.errors import InputError
 from polyak_model.saving import layout
 from polyak_model.saving.backup_and_restore import Backups
-from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.atomic_write import atomic_file
 from polyak_model.weight_files.reader import open_weights
 
 
@@ -26,8 +26,8 @@ class SaveableModel(keras.Model):
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """Saves both models, the optimizer, the step and the rule, as `keras.Model.save` does.
 
-        The file is written whole or not at all: whatever fails, what lay at
-        `filepath` before stays.
+        The file is written atomically: if anything fails, an older file at
+        `filepath` stays.
 
         Args:
             filepath: Path that ends with `.keras`.
@@ -37,20 +37,24 @@ class SaveableModel(keras.Model):
             **kwargs: As in `keras.Model.save`.
 
         Raises:
+            ValueError: If the path ends with neither `.keras` nor a format that
+                can be loaded again.
             OSError: If the file cannot be written.
         """
+        _check_loadable(filepath)
+        self.shadow.catch_up()  # Keras swallows what a property raises while it collects the state.
         save = super().save
         if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
             save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
         else:
-            with written_whole(filepath, size_in_file(self)) as partial:
+            with atomic_file(filepath, size_in_file(self)) as partial:
                 save(partial, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """Saves the weights of both models, the optimizer and the step, in `.weights.h5`.
 
-        The file is written whole or not at all. Sharded files are written by
-        Keras, one after the other.
+        The file is written atomically. Sharded files are written by Keras, one
+        after the other.
 
         Args:
             filepath: Path that ends with `.weights.h5`.
@@ -61,11 +65,12 @@ class SaveableModel(keras.Model):
         Raises:
             OSError: If the file cannot be written.
         """
+        self.shadow.catch_up()
         save_weights = super().save_weights
         if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
             save_weights(filepath, overwrite=overwrite, **kwargs)
         else:
-            with written_whole(filepath, size_in_file(self)) as partial:
+            with atomic_file(filepath, size_in_file(self)) as partial:
                 save_weights(partial)
                 self._backups.record(filepath, partial)
 
@@ -79,9 +84,9 @@ class SaveableModel(keras.Model):
 
         Raises:
             OSError: If the file cannot be read.
-            ValueError: If it holds no average, or another architecture, or a
+            ValueError: If it contains no average, or another architecture, or a
                 newer version of this package wrote it. Whatever is raised, the
-                model is as before.
+                model is unchanged.
         """
         self._check_built("load_weights")
         if os.path.isfile(filepath):
@@ -98,9 +103,9 @@ class SaveableModel(keras.Model):
         except InputError as error:
             # As Keras does, so that BackupAndRestore falls back on an older file.
             raise OSError(str(error)) from error
-        if not any(path.startswith("average_model/") for path in paths):
+        if not any(path.startswith(f"{layout.AVERAGE}/") for path in paths):
             raise ValueError(
-                f"{str(filepath)!r} holds no average: it was saved from a plain model. Load it "
+                f"{str(filepath)!r} contains no average: it was saved from a plain model. Load it "
                 "into the raw model, model.raw_model.load_weights(...), and forget the past with "
                 "model.reset_average()."
             )
@@ -113,11 +118,8 @@ class SaveableModel(keras.Model):
                 raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
         # Keras loads no state into an optimizer that has none yet.
         saved = [path for path in paths if path.startswith("layers/") and "/optimizer/" in path]
-        if (
-            self.compiled
-            and self.optimizer is not None
-            and len(saved) > len(self.optimizer.variables)
-        ):
+        optimizer = self.optimizer if self.compiled else None
+        if optimizer is not None and len(saved) > len(optimizer.variables):
             self._build_optimizer()
 
     @contextlib.contextmanager
@@ -134,21 +136,18 @@ class SaveableModel(keras.Model):
 
 
 def state_variables(model):
-    """Returns all variables that Keras saves with a model, and its seeds.
+    """Returns all variables that Keras saves with a model, each once.
 
     Args:
-        model: A `keras.Model`; optimizers of its own making are found, too.
+        model: A `keras.Model`.
     """
-    kind = keras.optimizers.Optimizer
-    owned = [value for part in model._flatten_layers() for value in vars(part).values()]
-    optimizers = [value for value in owned if isinstance(value, kind)]
-    variables = [variable for optimizer in optimizers for variable in optimizer.variables]
-    found = [*model.variables, *model.metrics_variables, *variables]
+    optimizers = [v for optimizer in optimizers_of(model) for v in optimizer.variables]
+    found = [*model.variables, *model.metrics_variables, *optimizers]
     return list({id(variable): variable for variable in found}.values())
 
 
 def size_in_file(model):
-    """Returns how many bytes a file of a model takes, at most: an int.
+    """Returns the largest size that a file of a model can have, in bytes.
 
     Args:
         model: A `keras.Model`.
@@ -159,6 +158,15 @@ def size_in_file(model):
         for variable in state_variables(model)
     ]
     return sum(sizes) + overhead * (len(sizes) + 16)
+
+
+def _check_loadable(filepath):
+    if str(filepath).endswith((".h5", ".hdf5")):
+        raise ValueError(
+            "A PolyakModel is saved as a '.keras' file; Keras cannot load one from the legacy HDF5 "
+            f"format. Received: filepath={str(filepath)!r}. Use model.save('model.keras'), or "
+            "model.save_weights('model.weights.h5') for the weights alone."
+        )
 
 
 def _is_written_here(filepath, ending, overwrite):
