@@ -22,6 +22,15 @@ from polyak_model.training_checks import (
     check_placement,
 )
 
+# The rules themselves import no Keras.
+for _rule in (
+    rules.ExponentialAverage,
+    rules.PolynomialAverage,
+    rules.PowerAverage,
+    rules.UniformAverage,
+):
+    keras.saving.register_keras_serializable(package="polyak_model")(_rule)
+
 
 @keras.saving.register_keras_serializable(package="polyak_model")
 class PolyakModel(RoutedModel):
