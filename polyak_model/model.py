@@ -12,7 +12,7 @@ from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router, check_report, check_route
-from polyak_model.saving import description as descriptions
+from polyak_model.saving import layout
 from polyak_model.training_checks import (
     check_clone_function,
     check_compilation,
@@ -430,7 +430,7 @@ class PolyakModel(RoutedModel):
         model.pop("compile_config", None)
         combine = self._router.combine
         return {
-            "format": descriptions.FORMAT,
+            "format": layout.FORMAT,
             "name": self.name,
             "model": model,
             "average": serialize(self.shadow.rule),
@@ -447,7 +447,7 @@ class PolyakModel(RoutedModel):
     def from_config(cls, config):
         deserialize = keras.saving.deserialize_keras_object
         config = dict(config)
-        descriptions.check_format(config.pop("format", descriptions.FORMAT))
+        layout.check_format(config.pop("format", layout.FORMAT))
         for name in ("model", "average", "combine", "clone_function"):
             if isinstance(config[name], dict):
                 config[name] = deserialize(config[name])

@@ -9,7 +9,7 @@ from polyak_model import backend
 from polyak_model.average import clone_check as probing
 from polyak_model.average import cloning
 from polyak_model.average.pairing import pair
-from polyak_model.saving import description as descriptions
+from polyak_model.saving import layout
 
 
 class Shadow(keras.layers.Layer):
@@ -38,7 +38,7 @@ class Shadow(keras.layers.Layer):
         self.non_trainable = non_trainable
         self.compensated = compensated
         self.device = device
-        self.run = descriptions.new_run()
+        self.run = layout.new_run()
         with backend.device(device):
             self.step = self._add_counter("step")
             self.absorbed = self._add_counter("absorbed")
@@ -85,23 +85,24 @@ class Shadow(keras.layers.Layer):
 
     def description(self):
         """Returns what a file says of this average, a dict."""
-        return descriptions.describe(self.rule, self.run, self._partners.raw.weights)
+        rule = keras.saving.serialize_keras_object(self.rule)
+        return layout.describe(rule, self.run, self._partners.raw.weights)
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
         if self.started:
-            store[descriptions.KEY] = descriptions.encode(self.description())
+            store[layout.DESCRIPTION] = layout.encode(self.description())
             for index, seed in enumerate(self._seeds()):
-                store[f"seed_{index}"] = seed
+                store[layout.seed_name(index)] = seed
 
     def load_own_variables(self, store):
         names = set(store.keys())
         super().load_own_variables({name: store[name] for name in names if name.isdigit()})
-        if descriptions.KEY in names:
-            self.run = descriptions.decode(store[descriptions.KEY])["run"]
+        if layout.DESCRIPTION in names:
+            self.run = layout.decode(store[layout.DESCRIPTION])["run"]
         for index, seed in enumerate(self._seeds() if self.started else ()):
-            if f"seed_{index}" in names:
-                seed.assign(store[f"seed_{index}"])
+            if layout.seed_name(index) in names:
+                seed.assign(store[layout.seed_name(index)])
 
     def _seeds(self):
         return cloning.seed_states(self._partners.raw) + cloning.seed_states(self.model)

@@ -10,9 +10,9 @@ import numpy as np
 
 from polyak_model import backend
 from polyak_model.errors import InputError
-from polyak_model.saving import description as descriptions
+from polyak_model.saving import layout
 from polyak_model.saving.backup_and_restore import Backups
-from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.atomic_write import atomic_file
 from polyak_model.weight_files.reader import open_weights
 
 
@@ -43,7 +43,7 @@ class StoredModel(keras.Model):
         if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
             save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
         else:
-            with written_whole(filepath, size_in_file(self)) as partial:
+            with atomic_file(filepath, size_in_file(self)) as partial:
                 save(partial, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
@@ -65,7 +65,7 @@ class StoredModel(keras.Model):
         if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
             save_weights(filepath, overwrite=overwrite, **kwargs)
         else:
-            with written_whole(filepath, size_in_file(self)) as partial:
+            with atomic_file(filepath, size_in_file(self)) as partial:
                 save_weights(partial)
                 self._backups.record(filepath, partial)
 
@@ -93,7 +93,7 @@ class StoredModel(keras.Model):
         try:
             with open_weights(filepath) as file:
                 paths = tuple(file.variables)
-                described = [path for path in paths if path.endswith(f"/vars/{descriptions.KEY}")]
+                described = [path for path in paths if path.endswith(f"/vars/{layout.DESCRIPTION}")]
                 arrays = [file.variables[path].read() for path in described]
         except InputError as error:
             # As Keras does, so that BackupAndRestore falls back on an older file.
@@ -106,9 +106,9 @@ class StoredModel(keras.Model):
             )
         for array in arrays:
             try:
-                description = descriptions.decode(array)
+                description = layout.decode(array)
                 if not skip_mismatch:
-                    descriptions.check_weights(description, self.raw_model.weights)
+                    layout.check_weights(description, self.raw_model.weights)
             except ValueError as error:
                 raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
         # Keras loads no state into an optimizer that has none yet.
