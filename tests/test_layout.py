@@ -52,12 +52,10 @@ def test_the_groups_names_and_description_of_format_1_are_these(tmp_path):
         assert tensors == {
             "average_model/layers/dense/vars/0": (2, 3),
             "average_model/layers/dense/vars/1": (3,),
-            "average_model/layers/dropout/seed_generator/vars/0": (2,),
             "average_model/optimizer/vars/0": (),
             "average_model/optimizer/vars/1": (),
             "layers/sequential/layers/dense/vars/0": (2, 3),
             "layers/sequential/layers/dense/vars/1": (3,),
-            "layers/sequential/layers/dropout/seed_generator/vars/0": (2,),
             "layers/sequential/optimizer/vars/0": (),
             "layers/sequential/optimizer/vars/1": (),
         }
