@@ -13,7 +13,7 @@ from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
 from polyak_model.saving.saveable_model import size_in_file
 from polyak_model.saving.score_record import read_record, write_record
-from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.atomic_write import atomic_file
 
 CONTENTS = ("average", "raw", "both")
 
@@ -233,7 +233,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
             "raw": self.model.raw_model,
             "both": self.model,
         }[self.contents]
-        with written_whole(path, size_in_file(model)) as partial:
+        with atomic_file(path, size_in_file(model)) as partial:
             if path.name.endswith(".keras"):
                 keras.saving.save_model(model, partial)
             else:

@@ -1,15 +1,39 @@
-"""Checks of arguments: what was expected, what was received, how to mend it."""
+"""Checks of arguments, with messages that name what was expected and received."""
 
 import math
 import numbers
 
 
 class InputError(ValueError):
-    """Input of a command that cannot be used; its message is one line and says how to mend it."""
+    """Invalid input of a command. The message is one printable line and says how to fix it.
+
+    Args:
+        message: A string. Characters that could control a terminal, which may
+            come from a file, are escaped.
+
+    Example:
+
+    >>> print(InputError("the layer \\x1b[2J"))
+    the layer \\x1b[2J
+    """
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+def printable(text):
+    """Escapes unprintable characters, such as those that control a terminal.
+
+    Example:
+
+    >>> printable("Schicht 1"), printable("\\x1b[2J\\n")
+    ('Schicht 1', '\\\\x1b[2J\\\\n')
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def is_number(value):
-    """Tells whether `value` is a real number; a bool is none."""
+    """Returns whether `value` is a real number other than a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -28,7 +52,7 @@ def check_exponent(name, value):
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(
             f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}. "
-            "0 is the uniform mean; a larger value forgets faster."
+            "0 is the uniform mean; a larger value gives less weight to early iterates."
         )
     return float(value)
 

@@ -14,6 +14,15 @@ from polyak_model.inference.router import Router, check_report, check_route
 from polyak_model.saving import layout
 from polyak_model.training_checks import check_clone_function, check_model, check_optimizers
 
+# The rules themselves import no Keras.
+for _rule in (
+    rules.ExponentialAverage,
+    rules.PolynomialAverage,
+    rules.PowerAverage,
+    rules.UniformAverage,
+):
+    keras.saving.register_keras_serializable(package="polyak_model")(_rule)
+
 
 @keras.saving.register_keras_serializable(package="polyak_model")
 class PolyakModel(backend.Trainer, RoutedModel):

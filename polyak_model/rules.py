@@ -1,32 +1,41 @@
-"""Averaging rules: how much of the newest iterate enters the average.
+"""Averaging rules: the weight of the newest iterate in the average.
 
-Scalar mathematics only. A rule turns the number of optimizer steps taken since
-averaging began into the weight `c` of the update
+A rule maps the number of optimizer steps since averaging began to the weight
+`c` of the update
 
     average += c * (iterate - average)
 
-Every weight is computed in float64 and without cancellation: `1 - d**t` is
-`-expm1(t * log(d))`.
+This is scalar mathematics in float64, without cancellation: `1 - d**t` is
+computed as `-expm1(t * log(d))`. The module imports NumPy alone; for a tensor,
+the same formulas are computed with `keras.ops`.
 """
 
+import abc
 import math
 import numbers
+import sys
 
-import keras
 import numpy as np
-from keras import ops
 
 from polyak_model.errors import check_decay, check_exponent, check_integer, is_number
 
-_PACKAGE = "polyak_model"
+
+class _ImmutableType(abc.ABCMeta):
+    """Makes instances immutable as soon as the constructor of the subclass has returned."""
+
+    def __call__(cls, *args, **kwargs):
+        instance = super().__call__(*args, **kwargs)
+        vars(instance)["_is_immutable"] = True
+        return instance
 
 
-class Rule:
-    """How much of the newest iterate enters the average at each step.
+class Rule(metaclass=_ImmutableType):
+    """The weight of the newest iterate in the average at each step.
 
-    Subclass it to write a rule of your own: implement `_share(t, k, xp)`, the
-    share of the newest iterate at step `t` when the average last moved `k`
-    steps ago, and extend `get_config`.
+    To define a rule, subclass it: implement `_share(t, k, xp)`, the weight of
+    the newest iterate at step `t` when the average last moved `k` steps ago, and
+    extend `get_config`. Attributes can be set in the constructor only, since
+    compiled training steps contain their values.
 
     Args:
         start_step: Int, at least 0. For that many optimizer steps the average
@@ -41,7 +50,7 @@ class Rule:
         self.update_every = check_integer("update_every", update_every, at_least=1)
 
     def weight(self, step, stride=1):
-        """Returns the share of the newest iterate, in (0, 1].
+        """Returns the weight of the newest iterate, in (0, 1].
 
         Args:
             step: Optimizer steps taken since averaging was (re)started, 1 after
@@ -59,7 +68,7 @@ class Rule:
         >>> UniformAverage(start_step=3).weight(4)
         1.0
         """
-        xp = ops if ops.is_tensor(step) else np
+        xp = _namespace(step)
         t = _float64(step, xp) - float(self.start_step)
         k = float(stride)
         with np.errstate(divide="ignore"):
@@ -68,7 +77,7 @@ class Rule:
         return float(weight) if isinstance(step, numbers.Integral) else weight
 
     def moves_at(self, step):
-        """Tells whether the average moves after this optimizer step.
+        """Returns whether the average moves after this optimizer step.
 
         Args:
             step: Optimizer steps taken since averaging was (re)started. An int,
@@ -83,16 +92,32 @@ class Rule:
         [1, 2, 5, 8]
         """
         if self.update_every == 1:
-            return step == step  # At each of them: a bool, or as many as there are steps.
+            return step == step  # True, in the shape of `step`.
         t = step - self.start_step
         return (t <= 0) | (t % self.update_every == 0)
 
     def _share(self, t, k, xp):
         raise NotImplementedError(
-            f"{type(self).__name__} does not implement `_share(t, k, xp)`: the share of the newest "
-            "iterate at step `t`, `k` steps after the last move, computed with the functions of "
-            "the namespace `xp` (numpy or keras.ops)."
+            f"{type(self).__name__} does not implement `_share(t, k, xp)`. It must return the "
+            "weight of the newest iterate at step `t`, `k` steps after the last move, computed "
+            "with the functions of the namespace `xp` (numpy or keras.ops)."
         )
+
+    def __setattr__(self, name, value):
+        self._check_mutable(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        self._check_mutable(name)
+        super().__delattr__(name)
+
+    def _check_mutable(self, name):
+        if "_is_immutable" in vars(self):
+            kind = type(self).__name__
+            raise AttributeError(
+                f"Cannot change `{name}` of {self!r}: rules are immutable. "
+                f"Set a new rule instead: model.rule = {kind}({name}=...)."
+            )
 
     def get_config(self):
         return {"start_step": self.start_step, "update_every": self.update_every}
@@ -112,23 +137,21 @@ class Rule:
         return f"{type(self).__name__}({arguments})"
 
 
-@keras.saving.register_keras_serializable(package=_PACKAGE)
 class ExponentialAverage(Rule):
-    """Exponential moving average: an iterate loses the factor `decay` per step.
+    """Exponential moving average: the share of an iterate shrinks by `decay` at each step.
 
     With `debias=True` the weight at step t and stride k is
 
         (1 - decay**k) / (1 - decay**t)
 
     so that the average is the weighted mean of the iterates with weights
-    proportional to `decay**age`, and the weights before the first step have no
-    part in it. With `debias=False` it is `1 - decay**k`, and the average starts
-    from the weights before the first step. With `warmup=True` it is
+    proportional to `decay**age`, without the weights before the first step. With
+    `debias=False` it is `1 - decay**k`, and the average starts from the weights
+    before the first step. With `warmup=True` it is
 
         1 - min(decay, (1 + n) / (10 + n))**k
 
-    where n is the number of updates before this one; `debias` then has no
-    effect, since the warm-up takes its place.
+    where n is the number of updates before this one, and `debias` has no effect.
 
     Args:
         decay: Float in [0, 1). Defaults to 0.999.
@@ -164,7 +187,7 @@ class ExponentialAverage(Rule):
 
     @classmethod
     def from_half_life(cls, steps, **kwargs):
-        """Makes the rule whose memory halves every `steps` optimizer steps.
+        """Returns the rule with a half-life of `steps` optimizer steps.
 
             decay = 0.5 ** (1 / steps)
 
@@ -205,7 +228,6 @@ class ExponentialAverage(Rule):
         return {**config, **super().get_config()}
 
 
-@keras.saving.register_keras_serializable(package=_PACKAGE)
 class UniformAverage(Rule):
     """The Polyak average: the uniform mean of all iterates.
 
@@ -231,9 +253,8 @@ class UniformAverage(Rule):
         return k / t
 
 
-@keras.saving.register_keras_serializable(package=_PACKAGE)
 class PolynomialAverage(Rule):
-    """Polynomial-decay averaging: later iterates weigh polynomially more.
+    """Polynomial-decay averaging: weights grow polynomially with the step.
 
     With n updates before this one, the weight is `(eta + 1) / (n + 1 + eta)`.
     `eta=0` is the uniform mean.
@@ -269,13 +290,12 @@ class PolynomialAverage(Rule):
         return {"eta": self.eta, **super().get_config()}
 
 
-@keras.saving.register_keras_serializable(package=_PACKAGE)
 class PowerAverage(Rule):
-    """Power-function average: its memory grows in proportion to the run.
+    """Power-function average: its width grows in proportion to the run.
 
     The weight at step t and stride k is `1 - (1 - k / t)**(gamma + 1)`. The
-    profile over past steps is a power of the step, so its width relative to the
-    run so far stays constant.
+    shares of past iterates follow a power of the step, so their standard
+    deviation stays a constant fraction of the run so far.
 
     Args:
         gamma: Float, at least 0. Defaults to 6.94, a relative width of 0.10.
@@ -302,7 +322,7 @@ class PowerAverage(Rule):
 
     @classmethod
     def from_relative_width(cls, sigma_rel, **kwargs):
-        """Makes the rule whose profile has this standard deviation.
+        """Returns the rule whose profile has this standard deviation.
 
         `gamma` solves `sigma_rel**2 * (gamma + 2)**2 * (gamma + 3) = gamma + 1`.
 
@@ -338,17 +358,49 @@ class PowerAverage(Rule):
         return {"gamma": self.gamma, **super().get_config()}
 
 
+def shares(rule, n):
+    """Returns the shares of the iterates of steps 1 to n in the average after step n.
+
+        a_t = w_t * (1 - w_{t+1}) * ... * (1 - w_n)
+
+    where w_t is the weight of the rule at step t, and 0 where the average does
+    not move. The share of the weights before the first step is `1 - sum(a)`.
+
+    Args:
+        rule: A `Rule`.
+        n: Int, at least 1, the number of optimizer steps.
+
+    Returns:
+        A float64 array of shape `(n,)`.
+
+    Raises:
+        ValueError: If `n` is not an int of at least 1.
+
+    Example:
+
+    >>> shares(UniformAverage(), 4)
+    array([0.25, 0.25, 0.25, 0.25])
+    >>> shares(ExponentialAverage(0.5, debias=False), 3)
+    array([0.125, 0.25 , 0.5  ])
+    """
+    steps = np.arange(1, check_integer("n", n, at_least=1) + 1)
+    weights = np.where(rule.moves_at(steps), rule.weight(steps, rule.update_every), 0.0)
+    later = np.cumprod(1 - weights[:0:-1])[::-1]
+    weights[:-1] *= later
+    return weights
+
+
 def rescale_decay(decay, batch_ratio):
-    """Keeps the memory of an average, in examples, when the batch size changes.
+    """Returns the decay with the same half-life in examples at another batch size.
 
         decay ** batch_ratio
 
     Args:
-        decay: Float in [0, 1), the decay that suits the old batch size.
-        batch_ratio: Float above 0, the new batch size over the old one.
+        decay: Float in [0, 1), the decay at the old batch size.
+        batch_ratio: Float above 0, the new batch size divided by the old one.
 
     Returns:
-        The decay for the new batch size.
+        A float, the decay at the new batch size.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -363,14 +415,14 @@ def rescale_decay(decay, batch_ratio):
     """
     if not is_number(batch_ratio) or not 0 < batch_ratio < math.inf:
         raise ValueError(
-            "`batch_ratio`, the new batch size over the old one, must be a positive finite "
+            "`batch_ratio`, the new batch size divided by the old one, must be a positive finite "
             f"number. Received: batch_ratio={batch_ratio!r}."
         )
     return check_decay(decay) ** batch_ratio
 
 
 def get(average):
-    """Returns the rule that `average` stands for: a float is a decay.
+    """Returns the rule given by `average`, where a float is a decay.
 
     Args:
         average: A float in [0, 1), the decay of an `ExponentialAverage`, or a
@@ -400,6 +452,12 @@ def get(average):
     )
 
 
+def _namespace(x):
+    # Tensors exist only where Keras has been imported.
+    keras = sys.modules.get("keras")
+    return keras.ops if keras is not None and keras.ops.is_tensor(x) else np
+
+
 def _float64(x, xp):
-    convert = ops.convert_to_tensor if xp is ops else np.asarray
+    convert = np.asarray if xp is np else xp.convert_to_tensor
     return convert(x, dtype="float64")

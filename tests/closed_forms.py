@@ -1,4 +1,4 @@
-"""The oracle: averages as weighted sums of recorded iterates, in NumPy and float64."""
+"""Closed forms of averages: weighted sums of recorded iterates, in NumPy and float64."""
 
 import numpy as np
 from scipy.special import gammaln
@@ -37,16 +37,16 @@ def average(rule, start, iterates):
     moved = path[rule.start_step + rule.update_every :: rule.update_every]
     if not moved:
         return begin
-    shares = _shares(rule, len(moved))
     terms = [begin, *moved]
+    weights = shares(rule, len(moved))
     return [
-        sum(share * tensors[i] for share, tensors in zip(shares, terms, strict=True))
+        sum(share * tensors[i] for share, tensors in zip(weights, terms, strict=True))
         for i in range(len(start))
     ]
 
 
-def _shares(rule, n):
-    """Returns the share of the starting weights and of each of `n` iterates."""
+def shares(rule, n):
+    """Returns the shares of the initial weights and of `n` iterates that move the average."""
     i = np.arange(1, n + 1, dtype="float64")
     if isinstance(rule, UniformAverage):
         return [0.0, *np.full(n, 1 / n)]
@@ -61,7 +61,7 @@ def _shares(rule, n):
         decays = np.minimum(rule.decay, i / (9 + i))
     decays = decays**rule.update_every
     kept = np.append(np.cumprod(decays[::-1])[::-1][1:], 1.0)
-    shares = (1 - decays) * kept
+    weights = (1 - decays) * kept
     if rule.debias and not rule.warmup:
-        return [0.0, *(shares / shares.sum())]
-    return [decays.prod(), *shares]
+        return [0.0, *(weights / weights.sum())]
+    return [decays.prod(), *weights]

@@ -125,7 +125,7 @@ def begun_files(folder):
     names = os.listdir(folder)
     with contextlib.suppress(FileNotFoundError):
         names += os.listdir(folder / "backup")
-    return {name for name in names if name.startswith(".partial-")}
+    return {name for name in names if name.startswith(".polyak_model-partial-")}
 
 
 def main(folder, kills, seed):

@@ -118,7 +118,7 @@ def test_a_tensor_of_many_parts_is_averaged_everywhere(tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (1, 1)])
-def test_tensors_of_one_or_no_number_are_averaged(tmp_path, dtype, shape):
+def test_scalars_and_empty_tensors_are_averaged(tmp_path, dtype, shape):
     arrays = [np.full(shape, n, dtype_of(dtype)) for n in (1, 4, 4)]
     average = average_arrays(tmp_path, arrays)
     assert (average.shape, average.dtype) == (shape, arrays[0].dtype)
@@ -134,7 +134,7 @@ def test_tensors_in_chunks_are_averaged(tmp_path, options):
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-def test_too_many_files_for_the_system_are_told(tmp_path, ending):
+def test_too_many_open_files_are_reported_with_a_remedy(tmp_path, ending):
     paths = [str(WRITERS[ending](tmp_path / f"{n}{ending}")) for n in range(40)]
     program = f"""
 import resource
@@ -150,7 +150,7 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-def test_integers_are_the_last_files_and_the_optimizer_is_left_out(tmp_path, ending):
+def test_integers_are_those_of_the_last_file_and_the_optimizer_is_left_out(tmp_path, ending):
     tensors = [
         {
             "layers/dense/vars/0": np.full(3, n, "float32"),
@@ -278,7 +278,7 @@ def test_keras_loads_the_weights(trained, ending):
     check_weights(fresh, weights, [1 / 3] * 3)
 
 
-def test_refreshing_as_the_command_says_gives_the_statistics_of_all_batches(trained):
+def test_refreshed_statistics_are_those_of_all_batches(trained):
     folder, *_ = trained
     average_files([folder / f"{n}.keras" for n in range(3)], folder / "average.keras")
     model = keras.models.load_model(folder / "average.keras")
@@ -312,7 +312,7 @@ def check_refused(paths, output, problem, weights=None):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exists", [False, True])
-def test_numbers_that_are_none_leave_the_output_as_it_was(tmp_path, value, dtype, exists):
+def test_inf_and_nan_leave_the_output_unchanged(tmp_path, value, dtype, exists):
     arrays = [np.ones(70_000).astype(dtype_of(dtype)) for _ in range(3)]
     arrays[1][69_999] = value
     paths = [
@@ -323,7 +323,7 @@ def test_numbers_that_are_none_leave_the_output_as_it_was(tmp_path, value, dtype
     if exists:
         output.write_text("kept")
     for weights in (None, [1, 0, 1]):
-        check_refused(paths, output, "1.weights.h5': 'vars/0' holds numbers that are", weights)
+        check_refused(paths, output, "1.weights.h5': 'vars/0' contains inf or NaN", weights)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_numbers_that_are_none_leave_the_output_as_it_was(tmp_path, value, dtype
         ([0, 0], "Received: only 0"),
     ],
 )
-def test_weights_that_are_none_are_refused(tmp_path, weights, problem):
+def test_invalid_weights_are_refused(tmp_path, weights, problem):
     paths = [write_hdf5(tmp_path / f"{n}.weights.h5") for n in range(2)]
     check_refused(paths, tmp_path / "average.weights.h5", problem, weights)
 
@@ -349,7 +349,7 @@ def test_fewer_than_two_files_are_refused(tmp_path, count):
     check_refused(paths, tmp_path / "average.weights.h5", "at least two files")
 
 
-def test_a_disk_that_is_full_leaves_the_output_as_it_was(tmp_path):
+def test_a_full_disk_leaves_the_output_unchanged(tmp_path):
     paths = [
         WRITERS[ending](tmp_path / f"{n}{ending}", {"vars/0": np.ones(10**5)})
         for ending in (".weights.h5", ".keras")

@@ -1,4 +1,9 @@
+import copy
+import importlib
 import math
+import pickle
+import subprocess
+import sys
 from fractions import Fraction
 
 import closed_forms
@@ -55,7 +60,7 @@ def test_weights_equal_exact_fractions_to_float64_rounding(rule, exact, step):
         (PowerAverage(6.94), 7.94e-7 - 7.94 * 6.94 / 2 * 1e-14),
     ],
 )
-def test_weights_keep_their_digits_after_ten_million_steps(rule, limit):
+def test_weights_lose_no_digits_after_ten_million_steps(rule, limit):
     assert rule.weight(10_000_000) == pytest.approx(limit, rel=1e-10)
 
 
@@ -89,7 +94,7 @@ def test_the_weight_of_an_array_is_that_of_each_step(rule):
     stride=st.integers(1, 100),
     name=st.sampled_from(sorted(closed_forms.RULES)),
 )
-def test_every_weight_is_a_share_in_the_half_open_unit_interval(step, stride, name):
+def test_every_weight_is_in_the_half_open_unit_interval(step, stride, name):
     assert 0 < closed_forms.RULES[name].weight(step, stride) <= 1
 
 
@@ -97,7 +102,7 @@ def test_every_weight_is_a_share_in_the_half_open_unit_interval(step, stride, na
     "rule", [ExponentialAverage(0.9, debias=False), UniformAverage(), PowerAverage(3)]
 )
 @given(step=st.integers(1, 1000), stride=st.integers(1, 20))
-def test_one_move_of_a_stride_keeps_what_single_moves_would_keep(rule, step, stride):
+def test_one_move_after_a_stride_keeps_as_much_as_single_moves(rule, step, stride):
     kept = math.prod(1 - rule.weight(s) for s in range(step + 1, step + stride + 1))
     assert 1 - rule.weight(step + stride, stride) == pytest.approx(kept, rel=1e-9, abs=1e-12)
 
@@ -147,7 +152,7 @@ def test_the_relative_width_is_the_deviation_of_the_profile(sigma):
 
 def test_the_relative_width_is_measured_on_the_weights_of_a_run():
     rule = PowerAverage.from_relative_width(0.1)
-    shares = np.array(closed_forms._shares(rule, 20_000)[1:])
+    shares = rules.shares(rule, 20_000)
     age = np.arange(1, 20_001) / 20_000
     mean = (shares * age).sum()
     assert math.sqrt((shares * (age - mean) ** 2).sum()) == pytest.approx(0.1, rel=1e-3)
@@ -158,14 +163,14 @@ def test_rescaling_the_decay_is_a_power(decay, ratio):
     assert rescale_decay(decay, ratio) == decay**ratio
 
 
-def test_a_number_stands_for_an_exponential_average():
+def test_a_number_is_the_decay_of_an_exponential_average():
     assert rules.get(0) == ExponentialAverage(0.0)
     assert rules.get(np.float32(0.5)) == ExponentialAverage(0.5)
     rule = UniformAverage()
     assert rules.get(rule) is rule
 
 
-def test_a_rule_of_ones_own_needs_only_its_share():
+def test_a_user_defined_rule_needs_only_its_weight():
     class HalfAverage(Rule):
         def _share(self, t, k, xp):
             return xp.minimum(1.0, 0.5 + 0 * t)
@@ -189,7 +194,7 @@ def test_the_refusal_of_a_decay_of_one_points_to_the_plain_mean():
 
 @pytest.mark.parametrize("name", ["start_step", "update_every"])
 @pytest.mark.parametrize("value", [-1, 2.0, "3", None, True])
-def test_a_step_count_that_is_no_count_is_refused(name, value):
+def test_an_invalid_step_count_is_refused(name, value):
     with pytest.raises(ValueError, match=f"`{name}` counts optimizer steps.*Received: {name}="):
         UniformAverage(**{name: value})
 
@@ -212,12 +217,14 @@ def test_other_arguments_out_of_range_are_refused():
         ExponentialAverage.from_half_life(0)
     with pytest.raises(ValueError, match=r"`sigma_rel` must be in \(0, 0.2887\]"):
         PowerAverage.from_relative_width(0.3)
-    with pytest.raises(ValueError, match="`batch_ratio`, the new batch size over the old one"):
+    with pytest.raises(
+        ValueError, match="`batch_ratio`, the new batch size divided by the old one"
+    ):
         rescale_decay(0.9, 0)
 
 
 @pytest.mark.parametrize("average", ["ema", None, [0.9]])
-def test_what_is_neither_a_decay_nor_a_rule_is_refused(average):
+def test_other_values_than_a_decay_or_a_rule_are_refused(average):
     with pytest.raises(ValueError, match="`average` must be a decay in .* or a rule"):
         rules.get(average)
 
@@ -225,6 +232,70 @@ def test_what_is_neither_a_decay_nor_a_rule_is_refused(average):
 def test_a_rule_class_in_place_of_a_rule_is_refused_with_the_call():
     with pytest.raises(ValueError, match=r"Pass an instance: UniformAverage\(\)"):
         rules.get(UniformAverage)
+
+
+class Clipped(Rule):
+    """A rule of a user: the uniform average with a minimum weight."""
+
+    def __init__(self, minimum=0.1, **kwargs):
+        super().__init__(**kwargs)
+        self.minimum = minimum
+
+    def _share(self, t, k, xp):
+        return xp.maximum(k / t, self.minimum)
+
+    def get_config(self):
+        return {"minimum": self.minimum, **super().get_config()}
+
+
+IMMUTABLE = pytest.mark.parametrize(
+    "rule", [*closed_forms.RULES.values(), Clipped(0.2)], ids=[*closed_forms.RULES, "user-defined"]
+)
+
+
+@IMMUTABLE
+def test_no_attribute_of_a_rule_can_be_changed(rule):
+    before = repr(rule)
+    for name in [*rule.get_config(), "gamma", "anything"]:
+        with pytest.raises(AttributeError, match=f"Cannot change `{name}` .*model.rule = "):
+            setattr(rule, name, 0)
+    with pytest.raises(AttributeError, match="rules are immutable"):
+        del rule.start_step
+    assert repr(rule) == before
+
+
+@IMMUTABLE
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))]
+)
+def test_a_copy_of_a_rule_is_equal_and_immutable(rule, copied):
+    other = copied(rule)
+    assert other == rule
+    assert other.weight(7, 2) == rule.weight(7, 2)
+    with pytest.raises(AttributeError, match="rules are immutable"):
+        other.update_every = 9
+
+
+def test_rules_import_neither_keras_nor_tensorflow():
+    code = (
+        "import sys, numpy, polyak_model.rules; from polyak_model import UniformAverage\n"
+        "assert polyak_model.rules.shares(UniformAverage(), 2).tolist() == [0.5, 0.5]\n"
+        "assert UniformAverage().weight(numpy.array([2.0])) == 0.5\n"
+        "assert not {'keras', 'tensorflow'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["ExponentialAverage", "PolynomialAverage", "PowerAverage", "UniformAverage"]
+)
+def test_rules_are_registered_with_keras_under_stable_names(name):
+    importlib.import_module("polyak_model.model")
+    rule = getattr(rules, name)()
+    config = keras.saving.serialize_keras_object(rule)
+    assert config["registered_name"] == f"polyak_model>{name}"
+    assert config["module"] == "polyak_model.rules"
+    assert keras.saving.get_registered_object(f"polyak_model>{name}") is type(rule)
 
 
 PROSE = [

@@ -51,25 +51,25 @@ def test_the_score_of_the_soup_is_that_of_its_weights(kitchen):
     candidates, score, mode = kitchen
     soup = greedy_soup(candidates, score, mode)
     assert score(soup.weights) == soup.score
-    assert soup.score == [each.soup_score for each in soup.tastings if each.kept][-1]
+    assert soup.score == [each.soup_score for each in soup.trials if each.kept][-1]
 
 
 @given(kitchens())
 def test_candidates_are_tried_in_the_order_of_their_own_scores(kitchen):
     candidates, score, mode = kitchen
-    tastings = greedy_soup(candidates, score, mode).tastings
-    assert sorted(each.name for each in tastings) == sorted(candidates)
-    own_scores = [each.own_score for each in tastings]
-    assert own_scores == [score(candidates[each.name]()) for each in tastings]
+    trials = greedy_soup(candidates, score, mode).trials
+    assert sorted(each.name for each in trials) == sorted(candidates)
+    own_scores = [each.own_score for each in trials]
+    assert own_scores == [score(candidates[each.name]()) for each in trials]
     assert own_scores == sorted(own_scores, reverse=mode == "max")
-    assert tastings[0].kept
+    assert trials[0].kept
 
 
 @given(kitchens())
 def test_a_candidate_is_kept_if_and_only_if_the_soup_with_it_is_no_worse(kitchen):
     soup = greedy_soup(*kitchen)
-    best = soup.tastings[0].own_score
-    for each in soup.tastings:
+    best = soup.trials[0].own_score
+    for each in soup.trials:
         assert each.kept == (better(kitchen[-1])(each.soup_score, best) == each.soup_score)
         best = each.soup_score if each.kept else best
 
@@ -78,7 +78,7 @@ def test_a_candidate_is_kept_if_and_only_if_the_soup_with_it_is_no_worse(kitchen
 def test_the_soup_is_the_uniform_average_of_those_kept(kitchen):
     candidates, score, mode = kitchen
     soup = greedy_soup(candidates, score, mode)
-    kept = [candidates[each.name]() for each in soup.tastings if each.kept]
+    kept = [candidates[each.name]() for each in soup.trials if each.kept]
     for array, *originals in zip(soup.weights, *kept, strict=True):
         assert array.dtype == np.float64
         exact = np.mean(np.asarray(originals, "float64"), axis=0)
@@ -90,7 +90,7 @@ def test_the_soup_is_the_uniform_average_of_those_kept(kitchen):
 def test_candidates_that_are_all_equal_are_all_kept_and_are_the_soup_bit_for_bit(kitchen):
     candidates, score, mode = kitchen
     soup = greedy_soup(candidates, score, mode)
-    assert all(each.kept for each in soup.tastings)
+    assert all(each.kept for each in soup.trials)
     for array, original in zip(soup.weights, candidates["candidate 0"](), strict=True):
         np.testing.assert_array_equal(array, original)
 
@@ -98,8 +98,8 @@ def test_candidates_that_are_all_equal_are_all_kept_and_are_the_soup_bit_for_bit
 @given(kitchens())
 def test_candidates_of_equal_score_are_tried_in_the_order_given(kitchen):
     soup = greedy_soup(kitchen[0], lambda _: 1.0, kitchen[2])
-    assert [each.name for each in soup.tastings] == list(kitchen[0])
-    assert all(each.kept for each in soup.tastings)
+    assert [each.name for each in soup.trials] == list(kitchen[0])
+    assert all(each.kept for each in soup.trials)
 
 
 @given(kitchens())
@@ -108,7 +108,7 @@ def test_the_largest_score_is_the_smallest_of_its_negative(kitchen):
     largest = greedy_soup(candidates, score, "max")
     smallest = greedy_soup(candidates, lambda arrays: -score(arrays), "min")
     assert largest.score == -smallest.score
-    for one, other in zip(largest.tastings, smallest.tastings, strict=True):
+    for one, other in zip(largest.trials, smallest.trials, strict=True):
         assert (one.name, one.kept) == (other.name, other.kept)
 
 
@@ -119,7 +119,7 @@ def test_integers_come_from_the_last_kept():
         for name, pair in weights.items()
     }
     soup = greedy_soup(candidates, lambda arrays: abs(arrays[0] - 3.4), "min")
-    assert [each.kept for each in soup.tastings] == [True, True, False]
+    assert [each.kept for each in soup.trials] == [True, True, False]
     assert soup.weights[1] == 8
     assert soup.weights[1].dtype == np.int64
 
@@ -128,7 +128,7 @@ def test_a_score_that_is_not_a_number_is_worse_than_any():
     candidates = {name: lambda w=w: [np.array(w)] for name, w in [("a", math.nan), ("b", 1.0)]}
     for mode in ("max", "min"):
         soup = greedy_soup(candidates, lambda arrays: arrays[0], mode)
-        assert [(each.name, each.kept) for each in soup.tastings] == [("b", True), ("a", False)]
+        assert [(each.name, each.kept) for each in soup.trials] == [("b", True), ("a", False)]
         assert soup.weights == [1.0]
 
 

@@ -11,7 +11,7 @@ from keras import layers
 from models import assert_identical, compile_classifier, make_classifier
 
 from polyak_model import PolyakModel, PowerAverage
-from polyak_model.saving import description as descriptions
+from polyak_model.saving import layout
 from polyak_model.saving.saveable_model import size_in_file, state_variables
 
 FORMATS = pathlib.Path(__file__).with_name("formats")
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
     model.save_weights(folder / "model.weights.h5")
     model.raw_model.save_weights(folder / "bare.weights.h5")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(descriptions, "FORMAT", 99)
+        patch.setattr(layout, "FORMAT", 99)
         model.save(folder / "newer.keras")
         model.save_weights(folder / "newer.weights.h5")
     for path in (folder / "model.keras", folder / "model.weights.h5"):
@@ -84,7 +84,9 @@ def test_another_architecture_is_refused_and_leaves_the_model_untouched(trained,
     ends = [layers.Dense(3, name=f"end_{index}") for index in range(1 + more)]
     model = PolyakModel(keras.Sequential([keras.Input((6,)), *hidden, *ends]))
     before = state(model)
-    with pytest.raises(ValueError, match="model.weights.h5'. The file holds another architecture"):
+    with pytest.raises(
+        ValueError, match="model.weights.h5'. The file contains another architecture"
+    ):
         model.load_weights(trained / "model.weights.h5")
     assert_identical(state(model), before)
 
@@ -160,10 +162,10 @@ def test_a_disk_that_fills_up_leaves_the_file_before_and_is_told(trained):
     assert [path.read_bytes() for path in paths] == before
     for path, line in zip(paths, told, strict=True):
         assert f"Cannot write '{path}': File too large. What was there before is unchanged" in line
-    assert not list(trained.glob(".partial-*"))
+    assert not list(trained.glob(".polyak_model-partial-*"))
 
 
-@pytest.mark.parametrize("number", range(1, descriptions.FORMAT + 1))
+@pytest.mark.parametrize("number", range(1, layout.FORMAT + 1))
 def test_files_of_every_format_so_far_load(number):
     """Each was written by `write_files` below when its format was new."""
     expected = np.load(FORMATS / f"format-{number}.npz")
@@ -195,7 +197,7 @@ def write_files():
     x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
     model = make_small()
     model.fit(x, x[:, :1] * np.ones(3), epochs=5, verbose=0)
-    path = FORMATS / f"format-{descriptions.FORMAT}"
+    path = FORMATS / f"format-{layout.FORMAT}"
     answers = {route: model.predict(x, using=route, verbose=0) for route in ("average", "raw")}
     np.savez(path.with_suffix(".npz"), x=x, step=model.average_step, **answers)
     model.save(path.with_suffix(".keras"))

@@ -13,7 +13,8 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models import Functional
 
 __all__ = [
-    "BuildHooks",
+    "BuildHook",
+    "CompileHook",
     "backup_position",
     "clear_losses",
     "compilation",

@@ -2,15 +2,15 @@
 
 import os
 
-from polyak_model import closed_forms
+from polyak_model import rules
 from polyak_model.errors import InputError
 from polyak_model.weight_files.selection import choose_best, choose_last, list_folder
 
 _RULES = {
-    "uniform": (closed_forms.uniform, None, None),
-    "exponential": (closed_forms.exponential, "decay", None),
-    "polynomial": (closed_forms.polynomial, "eta", 3),
-    "power": (closed_forms.power, "gamma", 6.94),
+    "uniform": (rules.UniformAverage, None, None),
+    "exponential": (rules.ExponentialAverage, "decay", None),
+    "polynomial": (rules.PolynomialAverage, "eta", 3),
+    "power": (rules.PowerAverage, "gamma", 6.94),
 }
 
 
@@ -106,11 +106,11 @@ def choose_weights(count, weights, rule, options):
     for other in given.keys() - {name}:
         raise InputError(f"`--{other}` is no option of --rule {rule}. Leave it out.")
     if name is None:
-        return form(count)
+        return rules.shares(form(), count).tolist()
     if name not in given and default is None:
         raise InputError(f"`--rule {rule}` needs `--{name}`. Try --{name} 0.9.")
     try:
-        return form(count, given.get(name, default))
+        return rules.shares(form(given.get(name, default)), count).tolist()
     except ValueError as error:
         raise InputError(str(error)) from error
 

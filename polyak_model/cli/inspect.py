@@ -5,10 +5,11 @@ import pathlib
 import typing
 
 from polyak_model.cli.tables import format_table, printable
+from polyak_model.saving.distances import measure_distances, measure_total
 from polyak_model.saving.wrapper_reader import find_wrappers, read_rule, read_step
-from polyak_model.weight_files import inspection
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.refusal import in_one_line
+from polyak_model.weight_files.training_state import split_variables
 
 
 def register(app):
@@ -50,7 +51,7 @@ def run_inspect(file):
 def _describe_variables(weights, wrappers):
     whole = [wrapper for wrapper in wrappers if not wrapper.path]
     group = whole[0].raw if whole else ""
-    model, optimizers = inspection.list_variables(weights, group)
+    model, optimizers = split_variables(weights, group)
     title = "The raw model; the average model has the same variables" if whole else "The model"
     names = {path: attributes.get("name", "") for path, attributes in weights.attributes.items()}
     rows = [
@@ -81,10 +82,10 @@ def _count(variables):
 def _describe_wrapper(weights, wrapper):
     at = f" at {printable(wrapper.path)}" if wrapper.path else ""
     rule = read_rule(weights, wrapper)
-    distances = inspection.measure_distances(weights, wrapper)
+    distances = measure_distances(weights, wrapper)
     rows = [
         [each.layer, f"{each.distance:.4g}", f"{each.relative:.4g}"]
-        for each in (*distances, inspection.measure_total(distances))
+        for each in (*distances, measure_total(distances))
     ]
     yield (f"The average{at}:\n\nrule  {_format_rule(rule)}\nstep  {read_step(weights, wrapper):,}")
     yield "Its distance from the raw model:\n\n" + format_table(

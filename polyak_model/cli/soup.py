@@ -9,10 +9,10 @@ from polyak_model.cli.tables import format_table
 from polyak_model.errors import InputError
 from polyak_model.saving.wrapper_reader import check_plain
 from polyak_model.soups import MODES, greedy_soup
-from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.atomic_write import atomic_file
 from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
 from polyak_model.weight_files.compatibility import check_alike, check_places
-from polyak_model.weight_files.held_out_data import load_held_out
+from polyak_model.weight_files.npz import load_held_out
 from polyak_model.weight_files.reader import open_weights
 
 ENDINGS = (".weights.h5", ".keras")
@@ -118,10 +118,10 @@ def run_soup(model, candidates, data, output, metric, mode, batch_size):
     except ValueError as error:
         raise InputError(str(error)) from error
     scorer.assign(soup.weights)
-    with told_in_one_line(), written_whole(output) as partial:
+    with told_in_one_line(), atomic_file(output) as partial:
         scorer.save(partial)
     print(describe(soup, metric))
-    if has_statistics and sum(tasting.kept for tasting in soup.tastings) > 1:
+    if has_statistics and sum(trial.kept for trial in soup.trials) > 1:
         print(
             "\nBatchNormalization: the averaged statistics do not fit the averaged weights. "
             "Refresh them by a pass over training data."
@@ -198,9 +198,9 @@ def describe(soup, metric):
 
     Example:
 
-    >>> from polyak_model.soups import Soup, Tasting
-    >>> tastings = [Tasting("b.keras", 0.9, 0.9, True), Tasting("a.keras", 0.8, 0.7, False)]
-    >>> print(describe(Soup([], 0.9, tastings), "accuracy"))
+    >>> from polyak_model.soups import Soup, Trial
+    >>> trials = [Trial("b.keras", 0.9, 0.9, True), Trial("a.keras", 0.8, 0.7, False)]
+    >>> print(describe(Soup([], 0.9, trials), "accuracy"))
     candidate  accuracy  soup with it  kept
     b.keras         0.9           0.9   yes
     a.keras         0.8           0.7    no
@@ -209,16 +209,16 @@ def describe(soup, metric):
     """
     rows = [
         [
-            tasting.name,
-            f"{tasting.own_score:.5g}",
-            f"{tasting.soup_score:.5g}",
-            "yes" if tasting.kept else "no",
+            trial.name,
+            f"{trial.own_score:.5g}",
+            f"{trial.soup_score:.5g}",
+            "yes" if trial.kept else "no",
         ]
-        for tasting in soup.tastings
+        for trial in soup.trials
     ]
-    kept = sum(tasting.kept for tasting in soup.tastings)
+    kept = sum(trial.kept for trial in soup.trials)
     return (
         format_table(["candidate", metric, "soup with it", "kept"], rows)
         + f"\n\nThe soup of {kept} of {len(rows)} candidates: {metric} {soup.score:.5g}. "
-        f"The best of them alone: {soup.tastings[0].own_score:.5g}."
+        f"The best of them alone: {soup.trials[0].own_score:.5g}."
     )

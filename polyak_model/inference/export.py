@@ -10,13 +10,13 @@ from keras import tree
 
 from polyak_model.average.clone_check import input_specs
 from polyak_model.backend import keras_internals
-from polyak_model.weight_files.atomic_write import folder_written_whole, written_whole
+from polyak_model.weight_files.atomic_write import atomic_file, atomic_folder
 
 _SAVED_MODEL = ("assets", "fingerprint.pb", "saved_model.pb", "variables")
 _WRITING = {
-    "tf_saved_model": lambda path: folder_written_whole(path, _SAVED_MODEL),
-    "onnx": written_whole,
-    "litert": written_whole,
+    "tf_saved_model": lambda path: atomic_folder(path, _SAVED_MODEL),
+    "onnx": atomic_file,
+    "litert": atomic_file,
 }
 _REMOTE = re.compile(r"[a-z0-9]+://")
 

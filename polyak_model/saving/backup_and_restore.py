@@ -13,7 +13,7 @@ import keras
 from keras import tree
 
 from polyak_model.saving.score_record import read_record, write_record
-from polyak_model.weight_files.atomic_write import written_whole
+from polyak_model.weight_files.atomic_write import atomic_file
 
 
 class Backups:
@@ -63,5 +63,5 @@ def _mend(callback):
         # Killed while Keras removed a backup that was no longer needed, or wrote the first one.
         metadata.unlink(missing_ok=True)
     elif record := read_record(weights):
-        with written_whole(metadata) as partial:
+        with atomic_file(metadata) as partial:
             partial.write_text(json.dumps(record), encoding="utf-8")

@@ -1,20 +1,25 @@
-"""A few words kept in a model's file beside the weights: which score they had, and when."""
+"""A record in a model file beside the weights: their score, and when they had it."""
 
 import json
 import zipfile
 
 import h5py
 
+from polyak_model.errors import InputError
+from polyak_model.weight_files.hdf5 import GuardedFile, read_attribute
+from polyak_model.weight_files.refusal import opened, refusing
+
 NAME = "polyak_model"
 _MEMBER = f"{NAME}.json"
+_LONGEST = 2**20
 
 
 def write_record(path, record):
-    """Adds a record to a `.keras` or `.weights.h5` file, where Keras overlooks it.
+    """Adds a record to a `.keras` or `.weights.h5` file, where Keras ignores it.
 
     Args:
-        path: Path of the file, which has none yet.
-        record: A dict that JSON can hold.
+        path: Path of a file without a record.
+        record: A dict that can be encoded as JSON.
 
     Example:
 
@@ -35,18 +40,30 @@ def write_record(path, record):
 
 
 def read_record(path):
-    """Returns the record in a file, or `{}` if there is none that can be read.
+    """Returns the record in a file, or `{}` if there is none.
+
+    The file may be a stranger's: whatever is wrong with it, nothing is raised.
 
     Args:
         path: Path of a `.keras` or `.weights.h5` file.
     """
     try:
-        if str(path).endswith(".keras"):
-            with zipfile.ZipFile(path) as archive:
-                record = json.loads(archive.read(_MEMBER))
-        else:
-            with h5py.File(path, "r") as file:
-                record = json.loads(file.attrs[NAME])
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        with opened(path) as file, refusing(path, "it has no record"):
+            read = _read_member if str(path).endswith(".keras") else _read_attribute
+            record = json.loads(read(file))
+    except InputError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _read_member(file):
+    with zipfile.ZipFile(file) as archive:
+        if archive.getinfo(_MEMBER).compress_type != zipfile.ZIP_STORED:
+            raise ValueError("write_record compresses nothing")
+        with archive.open(_MEMBER) as member:
+            return member.read(_LONGEST)
+
+
+def _read_attribute(file):
+    with h5py.File(GuardedFile(file), "r") as hdf5:
+        return read_attribute(hdf5, NAME)

@@ -1,13 +1,11 @@
-"""Where the average, the raw model and the state of averaging lie in the file of a PolyakModel."""
+"""Reads what a PolyakModel wrote to a weight file, without Keras."""
 
-import re
 import typing
 
+from polyak_model.saving import layout
 from polyak_model.weight_files.keras_archive import parse_json
 from polyak_model.weight_files.refusal import refusal
 
-AVERAGE = "average_model"
-_STATE_NAME = re.compile(r"shadow(_\d+)?")
 _LONGEST_DESCRIPTION = 32 * 2**20
 
 
@@ -15,10 +13,10 @@ class Wrapper(typing.NamedTuple):
     """The groups of one PolyakModel in a file.
 
     Attributes:
-        path: The group of the PolyakModel; "" when the file is of it alone.
+        path: The group of the PolyakModel; "" if it is the whole file.
         average: The group of the average model.
         raw: The group of the raw model.
-        state: The group of the step, the rule and the residuals.
+        state: The group of the step, the description and the residuals.
     """
 
     path: str
@@ -34,8 +32,8 @@ def find_wrappers(weights):
         weights: A `WeightFile`.
 
     Returns:
-        List of `Wrapper`, in the order of their paths; a PolyakModel that is the
-        whole file comes first.
+        List of `Wrapper`, sorted by path; a PolyakModel that is the whole file
+        comes first.
 
     Example:
 
@@ -47,8 +45,8 @@ def find_wrappers(weights):
     found = []
     for average in sorted(weights.attributes):
         path, _, name = average.rpartition("/")
-        if name == AVERAGE:
-            layers = _children(weights, join(path, "layers"))
+        if name == layout.AVERAGE:
+            layers = _children(weights, _join(path, layout.LAYERS))
             state = _find_state(weights, layers)
             raw = [layer for layer in layers if layer != state]
             if state and len(raw) == 1:
@@ -56,29 +54,98 @@ def find_wrappers(weights):
     return sorted(found)
 
 
+def find_whole_wrapper(weights):
+    """Returns the `Wrapper` of a file that is one PolyakModel.
+
+    Args:
+        weights: A `WeightFile`.
+
+    Raises:
+        InputError: If the file is of another model.
+    """
+    wrappers = find_wrappers(weights)
+    if not wrappers:
+        raise refusal(
+            weights.path,
+            "it contains no average",
+            "Name a file that PolyakModel.save or save_weights wrote",
+        )
+    if wrappers[0].path:
+        raise refusal(
+            weights.path,
+            f"it is of a model with a PolyakModel inside, at {wrappers[0].path!r}",
+            "Load it with Keras and save the `average_model` or `raw_model` of that part",
+        )
+    return wrappers[0]
+
+
 def check_plain(files):
-    """Raises `InputError` if one of the files is of a PolyakModel, which is two models.
+    """Checks that no file is of a PolyakModel, which contains two models.
 
     Args:
         files: `WeightFile`s.
+
+    Raises:
+        InputError: If one is.
     """
     for file in files:
         if any(not wrapper.path for wrapper in find_wrappers(file)):
             raise refusal(
                 file.path,
-                "it is the file of a PolyakModel, which is two models",
-                "Take one of them out first: polyak-model extract FILE --contents average -o OUT",
+                "it is the file of a PolyakModel, which contains two models",
+                "Extract one of them first: polyak-model extract FILE --contents average -o OUT",
             )
 
 
-def join(path, name):
-    """Returns the path of a group inside another, "" being the outermost.
+def read_step(weights, wrapper):
+    """Reads the number of optimizer steps since averaging started.
 
-    Example:
+    Args:
+        weights: A `WeightFile`.
+        wrapper: A `Wrapper` in it.
 
-    >>> join("", "layers"), join("layers", "dense")
-    ('layers', 'layers/dense')
+    Returns:
+        An int.
+
+    Raises:
+        InputError: If the file does not contain it.
     """
+    step = weights.variables.get(layout.variable_path(wrapper.state, layout.STEP))
+    if step is None or step.shape != () or step.dtype != "int64":
+        raise refusal(weights.path, f"{wrapper.state!r} does not contain the step of the average")
+    return int(step.read())
+
+
+def read_rule(weights, wrapper):
+    """Reads the averaging rule.
+
+    Args:
+        weights: A `WeightFile`.
+        wrapper: A `Wrapper` in it.
+
+    Returns:
+        A dict with `class_name` and `config`; None for a file of weights alone
+        by an early version, which does not contain the rule.
+
+    Raises:
+        InputError: If the description is damaged.
+    """
+    description = weights.variables.get(_description(wrapper.state))
+    if description is not None:
+        if description.dtype != "uint8" or description.nbytes > _LONGEST_DESCRIPTION:
+            raise refusal(weights.path, f"{description.name!r} is not the description of a rule")
+        text = description.read().tobytes()
+        rule = parse_json(text, f"its {description.name!r}", weights.path).get("rule")
+    elif weights.config is not None and not wrapper.path:
+        rule = _get(weights.config, "config", layout.CONFIG_RULE)
+    else:
+        return None
+    if not isinstance(_get(rule, "class_name"), str) or not isinstance(_get(rule, "config"), dict):
+        raise refusal(weights.path, "it does not describe the averaging rule")
+    return rule
+
+
+def _join(path, name):
     return f"{path}/{name}" if path else name
 
 
@@ -95,61 +162,13 @@ def _find_state(weights, layers):
     described = [layer for layer in layers if _description(layer) in weights.variables]
     if len(described) == 1:
         return described[0]
-    # A raw model whose class has the same name comes first and takes the plain one.
-    named = [layer for layer in layers if _STATE_NAME.fullmatch(layer.rpartition("/")[2])]
+    # If the class of the raw model has the same name, the state is the second of the two.
+    named = [layer for layer in layers if layout.STATE.fullmatch(layer.rpartition("/")[2])]
     return max(named, key=len, default=None)
 
 
 def _description(state):
-    return f"{state}/vars/description"
-
-
-def read_step(weights, wrapper):
-    """Reads how many optimizer steps were averaged.
-
-    Args:
-        weights: A `WeightFile`.
-        wrapper: A `Wrapper` in it.
-
-    Returns:
-        An int.
-
-    Raises:
-        InputError: If the file does not say.
-    """
-    step = weights.variables.get(f"{wrapper.state}/vars/0")
-    if step is None or step.shape != () or step.dtype != "int64":
-        raise refusal(weights.path, f"{wrapper.state!r} does not hold the step of the average")
-    return int(step.read())
-
-
-def read_rule(weights, wrapper):
-    """Reads by which rule was averaged.
-
-    Args:
-        weights: A `WeightFile`.
-        wrapper: A `Wrapper` in it.
-
-    Returns:
-        A dict with `class_name` and `config`, or None if the file does not say:
-        a file of weights alone that an early version wrote.
-
-    Raises:
-        InputError: If what the file says is no rule.
-    """
-    description = weights.variables.get(_description(wrapper.state))
-    if description is not None:
-        if description.dtype != "uint8" or description.nbytes > _LONGEST_DESCRIPTION:
-            raise refusal(weights.path, f"{description.name!r} is no description of an average")
-        text = description.read().tobytes()
-        rule = parse_json(text, f"its {description.name!r}", weights.path).get("rule")
-    elif weights.config is not None and not wrapper.path:
-        rule = _get(weights.config, "config", "average")
-    else:
-        return None
-    if not isinstance(_get(rule, "class_name"), str) or not isinstance(_get(rule, "config"), dict):
-        raise refusal(weights.path, "it does not say by which rule was averaged")
-    return rule
+    return layout.variable_path(state, layout.DESCRIPTION)
 
 
 def _get(value, *keys):

@@ -1,1 +1,1 @@
-"""What lies in the files of models, read with distrust and written whole; knows no model."""
+"""Reads and writes weight files of Keras, without Keras and as untrusted input."""

@@ -1,36 +1,42 @@
-"""A file or folder is written whole or not at all."""
+"""Atomic writes: a file or folder is replaced as a whole or not at all."""
 
 import contextlib
 import errno
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 import time
 
+from polyak_model.weight_files.refusal import find_errno, in_one_line
+
 try:
     import fcntl
-except ImportError:  # Windows has no such locks, and opens no folders.
+except ImportError:  # Windows has no such locks, and cannot open folders.
     fcntl = None
 
-_PREFIX = ".partial-"
+PREFIX = ".polyak_model-partial-"
+# Shows that this package made the folder.
+_MARK = "made-by-polyak_model"
 _FORMER = "former-"
 _YOUNG = 60.0  # Seconds.
 
 
 @contextlib.contextmanager
-def written_whole(path, size=0):
-    """Lets a file be written beside its place, and puts it there once it is whole.
+def atomic_file(path, size=0):
+    """Writes a file atomically.
 
-    Whatever fails, the process being killed included, at `path` lies what lay
-    there before or the whole new file. A process killed while it writes leaves a
-    folder `.partial-...` beside it, which a later one to write there removes.
+    Whatever fails, even if the process is killed, the old file or the complete
+    new one is at `path`. A replaced file hands on its mode and, where the system
+    permits it, its owner. A process that is killed leaves a temporary folder,
+    which a later write to the same folder removes.
 
     Args:
-        path: Where the file shall be; its folder exists.
-        size: Int, bytes that it may take: if there is no room for them, nothing
-            is begun. Defaults to 0. HDF5, which may crash the process when a
-            disk fills up, should not be trusted to find out.
+        path: Where to write; its folder exists.
+        size: Int, the bytes that the file may take: if there is no room for
+            them, nothing is written. Defaults to 0. HDF5 may crash the process
+            on a full disk, so pass it for HDF5 files.
 
     Yields:
         A `pathlib.Path` of the same name to write to.
@@ -41,33 +47,34 @@ def written_whole(path, size=0):
     Example:
 
     >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> with written_whole(folder / "average.txt") as partial:
+    >>> with atomic_file(folder / "average.txt") as partial:
     ...     _ = partial.write_text("0.5")
     >>> [path.name for path in folder.iterdir()]
     ['average.txt']
     """
-    place = _place(path)
+    place = _resolve(path)
     if place.is_dir():
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a folder. Choose another name.")
-    with _beside(place, path) as folder:
+    with _temporary_folder(place, path) as folder:
         _check_room(folder, size)
         yield folder / place.name
         _flush(folder / place.name)
+        _keep_permissions(place, folder / place.name)
         os.replace(folder / place.name, place)
 
 
 @contextlib.contextmanager
-def folder_written_whole(path, parts):
-    """Lets a folder be written beside its place, and puts it there once it is whole.
+def atomic_folder(path, parts):
+    """Writes a folder atomically, replacing an old one.
 
-    A folder that lies there is replaced by it. Whatever fails, it stays as it
-    was; a process killed at the very moment of the exchange leaves it in the
-    folder `.partial-...` beside its place, which nobody removes then.
+    Whatever fails, the old folder stays. If the process is killed between the
+    two renames of the exchange, the old folder is in the temporary folder beside
+    `path`, which is then never removed.
 
     Args:
-        path: Where the folder shall be.
-        parts: Names of what such a folder holds. One that holds anything else
-            is not replaced.
+        path: Where to write.
+        parts: Names of what such a folder may contain. A folder with anything
+            else is not replaced.
 
     Yields:
         A `pathlib.Path` of the same name to write to; it does not exist yet.
@@ -79,18 +86,19 @@ def folder_written_whole(path, parts):
     Example:
 
     >>> place = pathlib.Path(tempfile.mkdtemp(), "served")
-    >>> with folder_written_whole(place, ["graph.pb"]) as partial:
+    >>> with atomic_folder(place, ["graph.pb"]) as partial:
     ...     partial.mkdir()
     ...     _ = (partial / "graph.pb").write_text("+")
     >>> [path.name for path in place.iterdir()]
     ['graph.pb']
     """
-    place = _place(path)
+    place = _resolve(path)
     _check_replaceable(place, path, parts)
-    with _beside(place, path) as folder:
+    with _temporary_folder(place, path) as folder:
         yield folder / place.name
         for part in (folder / place.name).rglob("*"):
             _flush(part)
+        _keep_permissions(place, folder / place.name)
         former = folder / f"{_FORMER}{place.name}"
         if place.exists():
             os.rename(place, former)
@@ -105,41 +113,43 @@ def folder_written_whole(path, parts):
 def _check_replaceable(place, path, parts):
     if place.exists() and not place.is_dir():
         raise NotADirectoryError(
-            f"Cannot write {str(path)!r}: it is a file, and a folder is to be written. Choose "
+            f"Cannot write {str(path)!r}: it is a file where a folder is to be written. Choose "
             "another name."
         )
     others = sorted(set(os.listdir(place)) - set(parts)) if place.exists() else []
     if others:
         raise FileExistsError(
-            f"Cannot write {str(path)!r}: it would replace a folder that holds something else, "
-            f"{others[0]!r} for instance. Expected there: nothing, or a folder of {sorted(parts)} "
+            f"Cannot write {str(path)!r}: it would replace a folder that contains something else, "
+            f"for instance {others[0]!r}. Expected there: nothing, or a folder of {sorted(parts)} "
             "alone. Choose a folder of its own."
         )
 
 
-def _place(path):
+def _resolve(path):
     # The target of a link is replaced, not the link.
     return pathlib.Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
-def _beside(place, path):
-    """Lends an empty folder beside a place."""
+def _temporary_folder(place, path):
+    """Makes a temporary folder beside `place`, on the same file system."""
     try:
         _remove_abandoned(place.parent)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place.parent))
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.parent))
         with _locked(folder):
             try:
+                (folder / _MARK).touch()
                 yield folder
                 _flush(place.parent)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
+        number = find_errno(error)
         # HDF5 puts a page of its own state into the message.
-        reason = os.strerror(error.errno) if error.errno else error
+        reason = os.strerror(number) if number else in_one_line(error)
         kept = "What was there before is unchanged. " if place.exists() else ""
         message = f"Cannot write {str(path)!r}: {reason}. {kept}Free space or choose another place."
-        raise OSError(error.errno, message) if error.errno else OSError(message) from error
+        raise OSError(number, message) if number else OSError(message) from error
 
 
 def _check_room(folder, size):
@@ -149,33 +159,47 @@ def _check_room(folder, size):
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            # Some file systems cannot tell.
+            # Some file systems cannot reserve space.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
     os.remove(folder / "room")
 
 
+def _keep_permissions(old, new):
+    if not old.exists() or not new.exists():
+        return
+    status = old.stat()
+    if hasattr(os, "chown"):
+        # Only a superuser may change the owner; a member may set the group.
+        for owner in (status.st_uid, -1):
+            with contextlib.suppress(OSError):
+                os.chown(new, owner, status.st_gid)
+                break
+    os.chmod(new, stat.S_IMODE(status.st_mode))
+
+
 def _remove_abandoned(folder):
-    for partial in folder.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), _locked(partial) as is_mine:
+    for partial in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(partial) as is_locked:
             # A younger one may be about to be locked.
             is_old = time.time() - partial.stat().st_mtime > _YOUNG
-            if is_mine and is_old and not any(partial.glob(f"{_FORMER}*")):
+            is_ours = (partial / _MARK).is_file() and not partial.is_symlink()
+            if is_locked and is_old and is_ours and not any(partial.glob(f"{_FORMER}*")):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(folder):
-    # The lock ends with the process that holds it, however that ends. Some file systems have none.
+    # The lock ends with its process, however that ends. Some file systems have no locks.
     with contextlib.ExitStack() as stack:
-        is_mine = False
+        is_locked = False
         if fcntl is not None:
             with contextlib.suppress(OSError):
                 descriptor = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_mine = True
-        yield is_mine
+                is_locked = True
+        yield is_locked
 
 
 def _flush(path):

@@ -1,19 +1,14 @@
-"""Which weight files can be averaged with which, and where the average may be written."""
+"""Checks that weight files can be averaged with each other."""
 
-import os
-import pathlib
+import numpy as np
 
 from polyak_model.errors import InputError
+from polyak_model.weight_files.output import check_output, identify
 from polyak_model.weight_files.reader import find_kind
+from polyak_model.weight_files.tensor import cut
+from polyak_model.weight_files.training_state import split_variables
 
-
-def is_optimizer_state(name):
-    """Tells whether the group or variable of this name in a weight file is the optimizer's."""
-    parts = name.split("/")
-    # Below `layers` it would be a layer of that class.
-    return any(
-        a != "layers" and b == "optimizer" for a, b in zip(["", *parts], parts, strict=False)
-    )
+_BLOCK = 2**20
 
 
 def check_kinds(paths, output):
@@ -21,39 +16,26 @@ def check_kinds(paths, output):
 
     Args:
         paths: The files to average.
-        output: Where to write.
+        output: The file to write.
 
     Raises:
-        InputError: If an ending is wrong, a `.keras` file cannot come out of
-            these files, or the folder of `output` is missing.
+        InputError: If an ending is wrong, a `.keras` file cannot be made from
+            these files, or the output cannot be created.
     """
     kinds = {find_kind(path) for path in paths}
-    kind = find_kind(output)
-    if kind == ".weights.json":
-        raise _output_error(output, "shards are read but not written", "a name in .weights.h5")
-    if kind == ".keras" and kinds != {".keras"}:
-        raise _output_error(
-            output, "only .keras files know the model's configuration", "a name in .weights.h5"
-        )
-    try:
-        if os.path.isdir(output):
-            raise _output_error(output, "it is a folder", "another name")
-        folder = pathlib.Path(os.path.realpath(output)).parent
-        if not folder.is_dir():
-            raise _output_error(output, "its folder does not exist", "an existing folder")
-        os.lstat(output)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _output_error(output, f"the system says: {error.strerror}", "another name") from error
+    if str(output).endswith(".weights.json"):
+        raise _output_error(output, "shards are read but not written")
+    check_output(output, (".weights.h5", ".keras"))
+    if find_kind(output) == ".keras" and kinds != {".keras"}:
+        raise _output_error(output, "only .keras files contain the config of the model")
 
 
 def check_places(files, output):
-    """Checks that no file is named twice and the output is none of them, through links neither.
+    """Checks that no file is named twice and the output is none of them, even through links.
 
     Args:
         files: `WeightFile`s.
-        output: Where to write.
+        output: The file to write.
 
     Raises:
         InputError: If one is.
@@ -61,33 +43,32 @@ def check_places(files, output):
     seen = {}
     for file in files:
         for place in file.places:
-            identity = _identify(place)
+            identity = identify(place)
             if seen.setdefault(identity, file) is not file:
                 names = {str(seen[identity].path), str(file.path)}
                 raise InputError(
                     f"Two of the files are the same one: {' and '.join(map(repr, sorted(names)))}. "
                     "Name each once; use weights to count one more often."
                 )
-    if os.path.exists(output) and _identify(output) in seen:
-        raise _output_error(output, "it is one of the files to average", "another name")
+    check_output(output, (find_kind(output),), [place for file in files for place in file.places])
 
 
 def check_alike(files):
-    """Checks that all files hold the same variables.
+    """Checks that all files contain the same variables, and that these can be averaged.
 
     Args:
         files: `WeightFile`s.
 
     Raises:
-        InputError: If a variable is missing somewhere, or has another shape or
-            dtype.
+        InputError: If a variable is missing somewhere, has another shape or
+            dtype, or is quantized.
     """
     first, *others = files
-    expected = _weights(first)
+    expected, _ = split_variables(first)
     if not expected:
-        raise InputError(f"Cannot average {str(first.path)!r}: it holds no weights. Name another.")
+        raise InputError(f"Cannot average {str(first.path)!r}: it has no weights. Name another.")
     for file in others:
-        received = _weights(file)
+        received, _ = split_variables(file)
         for name in sorted(expected.keys() ^ received.keys()):
             has, lacks = (first, file) if name in expected else (file, first)
             raise _difference(
@@ -97,15 +78,27 @@ def check_alike(files):
             formats = [f"{v.dtype} {v.shape}" for v in (variable, received[name])]
             if formats[0] != formats[1]:
                 raise _difference(first, file, f"{name!r} is {formats[0]} and {formats[1]}")
+        for name in _find_quantized(expected):
+            if _differ(expected[name], received[name]):
+                raise InputError(
+                    f"Cannot average {str(first.path)!r} with {str(file.path)!r}: {name!r} is "
+                    f"quantized to {expected[name].dtype}, and integers of different scales have "
+                    "no average. Average files from before `quantize`, then quantize the average."
+                )
 
 
-def _weights(file):
-    return {name: v for name, v in file.variables.items() if not is_optimizer_state(name)}
+def _find_quantized(variables):
+    """Yields the names of 8-bit integers with floats, their scales, in the same group."""
+    scaled = {name.rpartition("/")[0] for name, v in variables.items() if "float" in v.dtype}
+    for name, variable in variables.items():
+        if variable.dtype in ("int8", "uint8") and name.rpartition("/")[0] in scaled:
+            yield name
 
 
-def _identify(place):
-    status = os.stat(place)
-    return status.st_dev, status.st_ino
+def _differ(one, other):
+    return any(
+        not np.array_equal(one.read(part), other.read(part)) for part in cut(one.shape, _BLOCK)
+    )
 
 
 def _difference(first, other, problem):
@@ -115,5 +108,5 @@ def _difference(first, other, problem):
     )
 
 
-def _output_error(output, problem, remedy):
-    return InputError(f"Cannot write {str(output)!r}: {problem}. Choose {remedy}.")
+def _output_error(output, problem):
+    return InputError(f"Cannot write {str(output)!r}: {problem}. Choose a name in .weights.h5.")

@@ -1,15 +1,13 @@
-"""Weight files of Keras, opened without Keras and without trust in who wrote them."""
+"""Opens weight files of Keras without Keras, as untrusted input."""
 
 import contextlib
 import dataclasses
 import os
 import pathlib
-import stat
 
 import h5py
 
-from polyak_model.weight_files.guarded_file import GuardedFile
-from polyak_model.weight_files.hdf5_listing import list_variables
+from polyak_model.weight_files.hdf5 import GuardedFile, list_variables
 from polyak_model.weight_files.keras_archive import (
     CONFIG,
     METADATA,
@@ -19,7 +17,7 @@ from polyak_model.weight_files.keras_archive import (
     parse_json,
     read_json,
 )
-from polyak_model.weight_files.refusal import DAMAGE, in_one_line, refusal, system_error
+from polyak_model.weight_files.refusal import in_one_line, opened, refusal, refusing
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
 _LONGEST_MAP = 32 * 2**20
@@ -27,7 +25,7 @@ _LONGEST_MAP = 32 * 2**20
 
 @dataclasses.dataclass
 class WeightFile:
-    """What `open_weights` finds in a file.
+    """An open weight file, see `open_weights`.
 
     Attributes:
         path: The path as it was given.
@@ -37,11 +35,12 @@ class WeightFile:
             `nbytes` and `read()`.
         attributes: A dict from the path of each group inside to its attributes,
             a dict; the outermost group is "".
-        config: What config.json says, a dict; None unless a `.keras` file.
-        metadata: What metadata.json says, a dict; None unless a `.keras` file.
+        config: The contents of config.json, a dict; None unless a `.keras` file.
+        metadata: The contents of metadata.json, a dict; None unless a `.keras`
+            file.
         archive: The open `zipfile.ZipFile`; None unless a `.keras` file.
-        places: The files that it is made of: `path`, and the shards that it
-            names.
+        places: The paths of its parts: `path` and, for a `.weights.json` file,
+            the shards.
     """
 
     path: os.PathLike | str
@@ -61,8 +60,8 @@ class WeightFile:
 def open_weights(path):
     """Opens a file that Keras saved, and checks everything but the numbers.
 
-    No code from the file is run, nothing is unpickled, and no other file is
-    opened, except the shards beside a `.weights.json` file that it names.
+    No code from the file is executed, nothing is unpickled, and no other file is
+    opened, except the shards that a `.weights.json` file names beside it.
 
     Args:
         path: A file that ends in `.weights.h5`, `.keras` or `.weights.json`.
@@ -71,8 +70,8 @@ def open_weights(path):
         A `WeightFile`; its variables can be read until the file is closed.
 
     Raises:
-        InputError: If the file is missing, damaged or holds what no weight file
-            of Keras does.
+        InputError: If the file is missing, damaged or contains what no weight
+            file of Keras does.
 
     Example:
 
@@ -84,14 +83,18 @@ def open_weights(path):
     ...     {name: variable.read() for name, variable in weights.variables.items()}
     {'layers/dense/vars/0': array([0.5, 1.5])}
     """
-    opener = _OPENERS[find_kind(path)]
-    _check_is_file(path)
-    with opener(path) as weights:
+    with _OPENERS[find_kind(path)](path) as weights:
         yield weights
 
 
 def find_kind(path):
-    """Returns the one of `ENDINGS` that `path` has, or raises `InputError`."""
+    """Returns the one of `ENDINGS` in which a path ends.
+
+    Raises:
+        InputError: If it is a folder or has another ending.
+    """
+    if os.path.isdir(path):
+        raise refusal(path, "it is a folder", "Name a file in it")
     kind = next((ending for ending in ENDINGS if str(path).endswith(ending)), None)
     if kind is None:
         expected = ", ".join(ENDINGS)
@@ -99,17 +102,6 @@ def find_kind(path):
             path, f"its name must end in one of {expected}", "Save it with Keras under such a name"
         )
     return kind
-
-
-def _check_is_file(path):
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:
-        raise system_error(path, error) from error
-    # Reading a pipe could wait for ever.
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise refusal(path, f"it is {kind}", "Name a file that Keras saved")
 
 
 @contextlib.contextmanager
@@ -135,7 +127,6 @@ def _open_shards(path):
     with contextlib.ExitStack() as stack:
         for shard in sorted({shard for shard, _ in shards}):
             place = pathlib.Path(path).with_name(shard)
-            _check_is_file(place)
             found, groups = stack.enter_context(_listed_file(place))
             for name in found.keys() & variables.keys():
                 raise refusal(path, f"{name!r} is in two of its shards")
@@ -144,7 +135,9 @@ def _open_shards(path):
             places |= {(shard, name.rpartition("/")[0]) for name in found}
         for shard, group in sorted(places ^ shards):
             raise refusal(
-                path, f"it and its shard {shard!r} disagree about {group!r}", "Copy all shards anew"
+                path,
+                f"it and its shard {shard!r} disagree about {group!r}",
+                "Copy all shards again",
             )
         places = [pathlib.Path(path).with_name(shard) for shard, _ in shards]
         yield WeightFile(path, ".weights.json", variables, attributes, places=places)
@@ -154,13 +147,11 @@ _OPENERS = dict(zip(ENDINGS, (_open_hdf5, _open_keras, _open_shards), strict=Tru
 
 
 def _read_weight_map(path):
-    """Reads which group lies in which shards: a set of pairs (shard, group)."""
-    if os.path.getsize(path) > _LONGEST_MAP:
+    """Reads which groups are in which shards: a set of pairs (shard, group)."""
+    with opened(path) as file:
+        text = file.read(_LONGEST_MAP + 1)
+    if len(text) > _LONGEST_MAP:
         raise refusal(path, f"it is longer than {_LONGEST_MAP:,} bytes")
-    try:
-        text = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        raise system_error(path, error) from error
     weight_map = parse_json(text, "it", path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise refusal(path, "it has no `weight_map`")
@@ -168,29 +159,23 @@ def _read_weight_map(path):
     for group, shards in weight_map.items():
         for shard in shards if isinstance(shards, list) else [shards]:
             if not isinstance(shard, str) or not shard.endswith(".weights.h5"):
-                raise refusal(path, f"it names {in_one_line(shard)!r}, which is no shard")
+                raise refusal(path, f"it names {in_one_line(shard)!r}, which is not a shard")
             if os.path.basename(shard) != shard or "\\" in shard or "\0" in shard:
-                raise refusal(path, f"it names {in_one_line(shard)!r}, which lies elsewhere")
+                raise refusal(path, f"it names {in_one_line(shard)!r}, which is elsewhere")
             pairs.add((shard, group.strip("/")))
     return pairs
 
 
 @contextlib.contextmanager
 def _listed_file(path):
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "rb"))
-        except OSError as error:
-            raise system_error(path, error) from error
-        yield stack.enter_context(_listed(GuardedFile(file), path))
+    with opened(path) as file, _listed(GuardedFile(file), path) as listed:
+        yield listed
 
 
 @contextlib.contextmanager
 def _listed(guarded, source):
-    try:
+    with refusing(source, "it is not an HDF5 file, or damaged"):
         file = h5py.File(guarded, "r")
-    except DAMAGE as error:
-        raise refusal(source, f"it is no HDF5 file or damaged ({in_one_line(error)})") from error
     with file:
         variables, attributes = list_variables(file, guarded, source)
         if not any(variable.needs_hdf5 for variable in variables.values()):

@@ -1,6 +1,7 @@
-"""Which of many weight files to average: the last ones, or the best ones of a history."""
+"""Selects weight files to average: the last ones, or the best ones of a history."""
 
 import csv
+import io
 import math
 import os
 import pathlib
@@ -8,12 +9,13 @@ import re
 
 from polyak_model.errors import InputError
 from polyak_model.weight_files.reader import ENDINGS
-from polyak_model.weight_files.refusal import in_one_line
+from polyak_model.weight_files.refusal import converting, in_one_line, open_regular, reason
 
 _NUMBER = re.compile(r"([0-9]+)")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
 _EPOCH = re.compile(r"epochs?[-_=. ]?([0-9]+)", re.IGNORECASE)
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
+_LONGEST_HISTORY = 64 * 2**20
 
 
 def list_folder(folder, output):
@@ -21,10 +23,10 @@ def list_folder(folder, output):
 
     Args:
         folder: Its path.
-        output: A path that is not among them, even if it exists.
+        output: A path that is left out, even if it exists.
 
     Returns:
-        A list of paths, in the order of their names.
+        A list of paths, in the order of `in_order`.
 
     Raises:
         InputError: If there are none, or of several kinds.
@@ -32,7 +34,7 @@ def list_folder(folder, output):
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
-        raise _folder_error(folder, f"the system says: {error.strerror}") from error
+        raise _folder_error(folder, reason(error)) from error
     sharded = {name.removesuffix(".weights.json") for name in names}
     found = [
         pathlib.Path(folder, name)
@@ -43,14 +45,16 @@ def list_folder(folder, output):
     kinds = [kind for kind in ENDINGS if any(path.name.endswith(kind) for path in found)]
     if len(kinds) != 1:
         problem = (
-            f"it holds files in {' and '.join(kinds)}" if kinds else "it holds no weight files"
+            f"it contains files in {' and '.join(kinds)}"
+            if kinds
+            else "it contains no weight files"
         )
         raise _folder_error(folder, problem)
     return in_order(found)
 
 
 def in_order(paths):
-    """Sorts files by name, numbers in it by their value.
+    """Sorts files by name, with the numbers in names ordered by value.
 
     Args:
         paths: Paths.
@@ -65,7 +69,7 @@ def in_order(paths):
     """
 
     def key(path):
-        # Texts and numbers take turns.
+        # Texts and numbers alternate.
         parts = _NUMBER.split(os.path.basename(path))
         return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
@@ -77,10 +81,10 @@ def choose_last(paths, count):
 
     Args:
         paths: Paths.
-        count: How many.
+        count: Int, at least 2.
 
     Returns:
-        A list of `count` paths, the newest at the end.
+        A list of `count` paths, the last by name at the end.
 
     Raises:
         InputError: If there are fewer, or `count` is less than 2.
@@ -93,19 +97,19 @@ def choose_best(paths, count, history, column, mode):
     """Chooses the files of the best epochs of a history.
 
     Args:
-        paths: Paths whose names hold the epoch, counted from 1 as by
+        paths: Paths whose names contain the epoch, counted from 1 as by
             `keras.callbacks.ModelCheckpoint`: the number after the word `epoch`,
-            or the only number that is no decimal fraction.
-        count: How many.
-        history: Path of a file as `keras.callbacks.CSVLogger` writes it, with a
+            or the only number that is not a decimal fraction.
+        count: Int, at least 2.
+        history: Path of a file written by `keras.callbacks.CSVLogger`, with a
             column `epoch` counted from 0.
-        column: The column to compare, such as `val_loss`. Epochs in which it is
-            no number are passed over.
+        column: The column to compare, such as `val_loss`. Epochs without a
+            number in it are skipped.
         mode: `"min"` or `"max"`.
 
     Returns:
-        A list of `count` paths in the order of their epochs; of equal ones, the
-        earlier epoch is chosen.
+        A list of `count` paths in the order of their epochs; of equal scores,
+        that of the earlier epoch is chosen.
 
     Raises:
         InputError: If files and rows cannot be matched one to one, or there
@@ -141,32 +145,33 @@ def _find_epoch(path):
     if len(numbers) != 1:
         found = f"the numbers {', '.join(numbers)}" if numbers else "no number"
         raise InputError(
-            f"Cannot tell the epoch of {str(path)!r}: its name holds {found}. "
+            f"Cannot find the epoch of {str(path)!r}: its name contains {found}. "
             "Expected one, as in epoch-07.keras."
         )
     return int(numbers[0])
 
 
 def _read_history(path, column):
-    """Reads a dict from epoch to score; what is no number is NaN."""
+    """Reads a dict from epoch to score, NaN where it is not a number."""
+
+    def unreadable(error):
+        return _history_error(path, f"it cannot be read ({reason(error)})")
+
     scores = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            for name in ("epoch", column):
-                if name not in (rows.fieldnames or ()):
-                    columns = in_one_line(", ".join(rows.fieldnames or ["none"]))
-                    raise _history_error(path, f"it has no column {name!r} but {columns}")
-            for row in rows:
-                epoch = _parse_epoch(row["epoch"], path)
-                if epoch in scores:
-                    raise _history_error(path, f"it has two rows of epoch {epoch}")
-                scores[epoch] = _parse_score(row[column])
-    except InputError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or in_one_line(error)
-        raise _history_error(path, f"it cannot be read ({reason})") from error
+    with converting(unreadable), open_regular(path) as file:
+        if file.seek(0, io.SEEK_END) > _LONGEST_HISTORY:
+            raise _history_error(path, f"it is longer than {_LONGEST_HISTORY:,} bytes")
+        file.seek(0)
+        rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        for name in ("epoch", column):
+            if name not in (rows.fieldnames or ()):
+                columns = in_one_line(", ".join(rows.fieldnames or ["none"]))
+                raise _history_error(path, f"it has no column {name!r} but {columns}")
+        for row in rows:
+            epoch = _parse_epoch(row["epoch"], path)
+            if epoch in scores:
+                raise _history_error(path, f"it has two rows of epoch {epoch}")
+            scores[epoch] = _parse_score(row[column])
     return scores
 
 

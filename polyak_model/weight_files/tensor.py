@@ -7,16 +7,16 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from polyak_model.weight_files.refusal import DAMAGE, in_one_line, refusal
+from polyak_model.weight_files.refusal import refusing
 
 
 class Part(typing.NamedTuple):
-    """A piece of a tensor that lies in one piece in row-major order.
+    """A part of a tensor that is contiguous in row-major order.
 
     Attributes:
-        index: What to index the tensor with: a tuple of ints and slices.
+        index: Index of the part in the tensor, a tuple of ints and slices.
         shape: Its shape, a tuple of ints.
-        start: How many elements of the tensor come before it.
+        start: The number of elements of the tensor before it.
     """
 
     index: tuple
@@ -29,7 +29,7 @@ def cut(shape, size):
 
     Args:
         shape: Its shape, a tuple of ints.
-        size: How many elements a part has at most.
+        size: The maximum number of elements of a part.
 
     Yields:
         `Part`s, in order.
@@ -56,13 +56,13 @@ def cut(shape, size):
 
 
 class Variable:
-    """One tensor of a file; it is read only when asked for.
+    """One tensor of a file; its numbers stay on disk until `read`.
 
     Args:
         name: Its path in the file, such as `layers/dense/vars/0`.
         dtype: Its dtype as Keras names it.
-        dataset: An `h5py.h5d.DatasetID`, which `hdf5_listing` has checked.
-        file: The `GuardedFile` that it lies in.
+        dataset: An `h5py.h5d.DatasetID`, checked by `hdf5.list_variables`.
+        file: The `GuardedFile` with the numbers.
         source: The path of the file, for errors.
     """
 
@@ -73,18 +73,18 @@ class Variable:
         self.source = source
         self._stored = dataset.dtype
         self._file = file
-        # HDF5 knows an offset only of what lies in one piece, as Keras writes it.
+        # HDF5 knows the offset only of contiguous tensors, which Keras writes.
         self._offset = dataset.get_offset() if self.nbytes else 0
         self._dataset = dataset if self._offset is None else None
 
     @property
     def nbytes(self):
-        """How many bytes its array takes."""
+        """The size of its array in bytes."""
         return math.prod(self.shape) * self._stored.itemsize
 
     @property
     def needs_hdf5(self):
-        """Whether HDF5 must read it, which takes megabytes for each file that it has open."""
+        """Whether HDF5 must read it, which takes megabytes of memory for each open file."""
         return self._dataset is not None
 
     def read(self, part=None):
@@ -94,20 +94,17 @@ class Variable:
             part: A `Part`. Defaults to None: everything.
 
         Returns:
-            A NumPy array of the dtype `dtype`, in ml_dtypes' for bfloat16.
+            A NumPy array of dtype `dtype`; for bfloat16 that of ml_dtypes.
 
         Raises:
             InputError: If the file is damaged there.
         """
         part = Part((), self.shape, 0) if part is None else part
-        try:
+        with refusing(self.source, f"{self.name!r} cannot be read"):
             if self.needs_hdf5:
                 array = np.asarray(h5py.Dataset(self._dataset)[part.index])
             else:
                 array = np.empty(part.shape, self._stored)
                 position = self._offset + part.start * self._stored.itemsize
                 self._file.read_at(position, array.reshape(-1).view("uint8").data)
-        except DAMAGE as error:
-            problem = f"{self.name!r} cannot be read ({in_one_line(error)})"
-            raise refusal(self.source, problem) from error
         return array.view(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else array

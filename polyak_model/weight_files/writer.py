@@ -1,4 +1,4 @@
-"""Weight files that Keras loads, written without Keras."""
+"""Writes weight files that Keras loads, without Keras."""
 
 import contextlib
 import json
@@ -15,55 +15,51 @@ from polyak_model.weight_files.keras_archive import (
     copy_member,
     list_assets,
 )
-from polyak_model.weight_files.refusal import in_one_line
+from polyak_model.weight_files.refusal import find_errno, in_one_line, refusal
 
 _BLOCK = 2**20
 
 
 @contextlib.contextmanager
-def created_weights(path, like):
-    """Creates a weight file with the groups, and the rest but the tensors, of another.
-
-    A `.keras` file will not be compiled when Keras loads it: an optimizer
-    without its state would be warned about.
+def created_weights(path, like, config=None, group=""):
+    """Creates a weight file with everything of another one but the tensors and groups.
 
     Args:
-        path: Where, in a folder that may hold other files for a while; it ends
-            in `.weights.h5` or `.keras`.
-        like: The `WeightFile` of the other, a `.keras` file if `path` is one.
+        path: Where, in a folder that may contain other files for a while; it
+            ends in `.weights.h5` or `.keras`.
+        like: The other `WeightFile`, a `.keras` file if `path` is one.
+        config: The contents of config.json. Defaults to None: those of `like`,
+            without what the model was compiled with, since Keras would warn of
+            an optimizer without state.
+        group: The group of the model in `like` that is written, for its assets.
+            Defaults to "", the whole file.
 
     Yields:
-        An `h5py.File` to create the tensors in, with `create_variable`.
+        An `h5py.File` to fill with `create_groups` and `create_variable`.
+
+    Raises:
+        InputError: If `like` is damaged.
+        OSError: If the file cannot be written.
     """
     if not str(path).endswith(".keras"):
         with _created_hdf5(path) as file:
             yield file
         return
-    # h5py has to go back and forth in what it writes; a member of an archive is written in one go.
+    # h5py writes at random positions, a member of an archive is written in sequence.
     weights = path.with_name(WEIGHTS)
     with _created_hdf5(weights) as file:
         yield file
     with zipfile.ZipFile(path, "w") as archive:
         copy_member(like.archive, METADATA, archive, like.path)
-        archive.writestr(CONFIG, json.dumps({**like.config, "compile_config": None}))
+        archive.writestr(CONFIG, _dump(config or {**like.config, "compile_config": None}, like))
         with (
             open(weights, "rb") as source,
             archive.open(WEIGHTS, "w", force_zip64=True) as target,
         ):
             shutil.copyfileobj(source, target, _BLOCK)
-        for name in list_assets(like.archive):
-            copy_member(like.archive, name, archive, like.path)
+        for name, new_name in list_assets(like.archive, group).items():
+            copy_member(like.archive, name, archive, like.path, new_name)
     weights.unlink()
-
-
-@contextlib.contextmanager
-def _created_hdf5(path):
-    try:
-        with h5py.File(path, "w") as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        # h5py tells of a full disk in several lines, and as a RuntimeError when it closes a file.
-        raise OSError(getattr(error, "errno", None), in_one_line(error)) from error
 
 
 def create_groups(file, attributes):
@@ -72,7 +68,7 @@ def create_groups(file, attributes):
     Args:
         file: An `h5py.File`.
         attributes: A dict from the name of each group to its attributes; the
-            outermost is "".
+            outermost group is "".
     """
     for name, values in attributes.items():
         group = file.require_group(name) if name else file
@@ -80,23 +76,43 @@ def create_groups(file, attributes):
             group.attrs[key] = value
 
 
-def create_variable(file, variable):
-    """Creates a tensor without its numbers, in the format of Keras.
+def create_variable(file, name, shape, dtype):
+    """Creates a tensor in the format of Keras, to be filled part by part.
 
     Args:
         file: An `h5py.File`.
-        variable: The `Variable` whose name, shape and dtype it takes.
+        name: Its path in the file.
+        shape: A tuple of ints.
+        dtype: Its dtype as Keras names it.
 
     Returns:
-        A function of (part, array): writes an array of that dtype to a part of
-        the tensor, a tuple of slices or ints.
+        A function of (index, array) that writes an array of that dtype to a part
+        of the tensor, where `index` is a tuple of slices and ints.
     """
-    opaque = np.dtype("V2") if variable.dtype == "bfloat16" else None
-    dataset = file.create_dataset(variable.name, variable.shape, opaque or variable.dtype)
+    opaque = np.dtype("V2") if dtype == "bfloat16" else None
+    dataset = file.create_dataset(name, shape, opaque or dtype)
     if opaque:
         dataset.attrs["dtype"] = "bfloat16"
 
-    def write(part, array):
-        dataset[part] = array.view(opaque) if opaque else array
+    def write(index, array):
+        dataset[index] = array.view(opaque) if opaque else array
 
     return write
+
+
+@contextlib.contextmanager
+def _created_hdf5(path):
+    try:
+        with h5py.File(path, "w") as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        # h5py reports a full disk in several lines, and as a RuntimeError when it closes a file.
+        raise OSError(find_errno(error), in_one_line(error)) from error
+
+
+def _dump(config, like):
+    try:
+        return json.dumps(config)
+    except RecursionError as error:
+        # What can just be read may be nested too deep to be written.
+        raise refusal(like.path, f"its {CONFIG} is nested too deep") from error

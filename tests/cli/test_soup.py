@@ -99,16 +99,16 @@ def test_statistics_of_batches_are_to_be_refreshed(run):
         (["model.keras", *OPTIONS], "Missing argument 'CANDIDATES...'"),
         (["a.weights.h5", "a.keras", *OPTIONS], "`MODEL.keras` must be named *.keras. Received"),
         (["model.keras", "a.h5", *OPTIONS], "`CANDIDATES` must be named *.weights.h5 or *.keras."),
-        (["model.keras", "none.keras", *OPTIONS], "'none.keras': the system says: No such file"),
+        (["model.keras", "none.keras", *OPTIONS], "'none.keras': No such file"),
         (["model.keras", "a.keras", "./a.keras", *OPTIONS], "Two of the files are the same one"),
         (["model.keras", "a.keras", "other.keras", *OPTIONS], "'other.keras'"),
         (
             ["model.keras", "wrapper.keras", *OPTIONS],
-            "the file of a PolyakModel, which is two models",
+            "the file of a PolyakModel, which contains two models",
         ),
         (
             ["wrapper.keras", "a.keras", *OPTIONS],
-            "Take one of them out first: polyak-model extract",
+            "Extract one of them first: polyak-model extract",
         ),
         (
             ["lambda.keras", "lambda.weights.h5", *OPTIONS],
@@ -134,7 +134,7 @@ def test_statistics_of_batches_are_to_be_refreshed(run):
         ),
         (["model.keras", "a.keras", *OPTIONS, "--data", "odd.npz"], "on the arrays of `--data`"),
         (["uncompiled.keras", "a.keras", *OPTIONS], "the model was saved without being compiled"),
-        (["model.keras", "nan.keras", *OPTIONS], "must have a score that is a number"),
+        (["model.keras", "nan.keras", *OPTIONS], "must have a score other than NaN"),
     ],
 )
 def test_what_cannot_be_cooked_is_refused(refused, arguments, expected):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak_model.weight_files.guarded_file import GuardedFile
+from polyak_model.weight_files.hdf5 import GuardedFile
 
 pytestmark = pytest.mark.without_keras
 
@@ -28,11 +28,11 @@ def test_a_part_reads_as_a_file_of_its_own(offset, size, position, count):
         assert file.seek(0, io.SEEK_CUR) == position + count
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_told():
+def test_a_file_that_shrinks_while_it_is_read_is_refused():
     whole = io.BytesIO(CONTENT)
     file = GuardedFile(whole)
     whole.truncate(100)
-    with pytest.raises(OSError, match="cut off"):
+    with pytest.raises(OSError, match="it was truncated while it was read"):
         file.read(200)
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from polyak_model.errors import InputError
-from polyak_model.weight_files.held_out_data import load_held_out
+from polyak_model.weight_files.npz import load_held_out
 
 X, Y = np.arange(6.0).reshape(3, 2), np.arange(3)
 
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
+    """Skips clearing the state of Keras, which is slow and not needed here."""
 
 
 @pytest.fixture
@@ -58,12 +58,12 @@ def test_arrays_that_cannot_be_scored_are_refused(load, arrays, problem):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_missing_or_no_archive_of_arrays_is_named(tmp_path):
+def test_a_missing_file_and_a_member_that_is_not_an_array_are_refused(tmp_path):
     path = tmp_path / "data.npz"
     with pytest.raises(InputError, match="data.npz', which does not exist. Check the path."):
         load_held_out(path)
     np.savez(path, y=Y)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("x", "text")
-    with pytest.raises(InputError, match="where `x` has dtype"):
+    with pytest.raises(InputError, match="cannot be read as arrays of numbers"):
         load_held_out(path)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from polyak_model.weight_files.atomic_write import folder_written_whole, written_whole
+from polyak_model.weight_files.atomic_write import atomic_file, atomic_folder
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def path(tmp_path):
 
 
 def test_what_is_written_replaces_the_file_and_leaves_nothing_beside_it(path):
-    with written_whole(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -24,7 +24,7 @@ def test_what_is_written_replaces_the_file_and_leaves_nothing_beside_it(path):
 
 
 def fail(path, failure):
-    with written_whole(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("new")
         raise failure
 
@@ -47,7 +47,7 @@ def test_a_failure_of_the_system_names_the_file_and_what_became_of_it(path):
 
 
 def test_nothing_is_begun_without_room_for_all_of_it(path):
-    with pytest.raises(OSError, match="Cannot write '.*model.txt'"), written_whole(path, 2**62):
+    with pytest.raises(OSError, match="Cannot write '.*model.txt'"), atomic_file(path, 2**62):
         raise AssertionError("was begun")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
@@ -59,14 +59,14 @@ def test_a_file_in_no_folder_is_refused(tmp_path):
 
 
 def test_a_folder_is_not_replaced(tmp_path):
-    with pytest.raises(IsADirectoryError, match="it is a folder"), written_whole(tmp_path):
+    with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_file(tmp_path):
         pass
 
 
 def test_a_link_keeps_pointing_at_the_file_which_is_replaced(path):
     link = path.with_name("best.txt")
     link.symlink_to(path)
-    with written_whole(link) as partial:
+    with atomic_file(link) as partial:
         partial.write_text("new")
     assert link.is_symlink()
     assert path.read_text() == "new"
@@ -74,8 +74,8 @@ def test_a_link_keeps_pointing_at_the_file_which_is_replaced(path):
 
 WRITE_UNTIL_KILLED = """
 import os, signal, sys
-from polyak_model.weight_files.atomic_write import folder_written_whole, written_whole
-with written_whole(sys.argv[1]) as partial:
+from polyak_model.weight_files.atomic_write import atomic_file, atomic_folder
+with atomic_file(sys.argv[1]) as partial:
     partial.write_text("new")
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -85,7 +85,7 @@ with written_whole(sys.argv[1]) as partial:
 
 
 def write_beside(path):
-    with written_whole(path.with_name("beside.txt")) as partial:
+    with atomic_file(path.with_name("beside.txt")) as partial:
         partial.write_text("beside")
 
 
@@ -99,19 +99,19 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_w
     with write(path, "killed") as process:
         assert process.wait() == -signal.SIGKILL
     assert path.read_text() == "old"
-    (abandoned,) = path.parent.glob(".partial-*")
+    (abandoned,) = path.parent.glob(".polyak_model-partial-*")
     write_beside(path)
     assert abandoned.exists()
     os.utime(abandoned, (0, 0))
     with write(path, "alive") as process:
         assert process.stdout.readline() == b"writing\n"
         assert not abandoned.exists()
-        (alive,) = path.parent.glob(".partial-*")
+        (alive,) = path.parent.glob(".polyak_model-partial-*")
         os.utime(alive, (0, 0))
         write_beside(path)
         assert alive.exists()
     assert path.read_text() == "new"
-    assert not list(path.parent.glob(".partial-*"))
+    assert not list(path.parent.glob(".polyak_model-partial-*"))
 
 
 # Folders
@@ -120,7 +120,7 @@ PARTS = ("graph.pb", "weights")
 
 
 def write_folder(place, text="new"):
-    with folder_written_whole(place, PARTS) as partial:
+    with atomic_folder(place, PARTS) as partial:
         (partial / "weights").mkdir(parents=True)
         (partial / "weights" / "0").write_text(text)
 
@@ -173,20 +173,20 @@ def test_a_file_or_a_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("kept")
     with pytest.raises(NotADirectoryError, match="it is a file.*Choose another name"):
         write_folder(tmp_path / "notes.txt")
-    with pytest.raises(FileExistsError, match="'notes.txt' for instance"):
+    with pytest.raises(FileExistsError, match="for instance 'notes.txt'"):
         write_folder(tmp_path)
     assert names(tmp_path) == ["notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
 def test_nothing_is_left_of_a_folder_that_nobody_wrote(tmp_path):
-    with pytest.raises(FileNotFoundError), folder_written_whole(tmp_path / "served", PARTS):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "served", PARTS):
         pass
     assert names(tmp_path) == []
 
 
 def test_a_folder_that_a_killed_process_put_aside_is_never_removed(tmp_path):
-    former = tmp_path / ".partial-killed" / "former-served"
+    former = tmp_path / ".polyak_model-partial-killed" / "former-served"
     former.mkdir(parents=True)
     os.utime(former.parent, (0, 0))
     write_folder(tmp_path / "served")

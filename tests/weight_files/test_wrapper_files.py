@@ -16,7 +16,7 @@ GROUPS = {"sequential": "sequential", "functional": "functional", "nested": "fun
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
+    """Skips clearing the state of Keras, which is slow and not needed here."""
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def weights_file(saved, tmp_path):
     return shutil.copy(saved / "sequential.weights.h5", tmp_path)
 
 
-def ask(path, question):
+def inspect(path, function):
     with open_weights(path) as weights:
         (wrapper,) = find_wrappers(weights)
-        return question(weights, wrapper)
+        return function(weights, wrapper)
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
@@ -48,23 +48,25 @@ def test_a_wrapper_is_found_in_its_file(saved, kind, ending):
 
 
 @pytest.mark.parametrize("description", [None, {"rule": RULE}])
-def test_a_raw_model_of_the_class_shadow_is_told_from_the_state(saved, tmp_path, description):
+def test_a_raw_model_of_a_class_named_shadow_is_not_taken_for_the_state(
+    saved, tmp_path, description
+):
     path = shutil.copy(saved / "shadow.weights.h5", tmp_path)
     describe(path, "layers/shadow_1", description)
-    wrapper = ask(path, lambda weights, wrapper: wrapper)
+    wrapper = inspect(path, lambda weights, wrapper: wrapper)
     assert (wrapper.raw, wrapper.state) == ("layers/shadow", "layers/shadow_1")
 
 
 def test_a_wrapper_is_found_as_a_part_of_a_larger_model(tmp_path):
     model = keras.Sequential([keras.Input((6,)), make_wrapper("functional")])
     model.save_weights(tmp_path / "larger.weights.h5")
-    wrapper = ask(tmp_path / "larger.weights.h5", lambda weights, wrapper: wrapper)
+    wrapper = inspect(tmp_path / "larger.weights.h5", lambda weights, wrapper: wrapper)
     path = "layers/polyak_model"
     raw, state = f"{path}/layers/functional", f"{path}/layers/shadow"
     assert wrapper == Wrapper(path, f"{path}/average_model", raw, state)
 
 
-def test_a_plain_model_is_no_wrapper(tmp_path):
+def test_no_wrapper_is_found_in_the_file_of_a_plain_model(tmp_path):
     KINDS["sequential"]().save_weights(tmp_path / "plain.weights.h5")
     with open_weights(tmp_path / "plain.weights.h5") as weights:
         assert find_wrappers(weights) == []
@@ -72,23 +74,23 @@ def test_a_plain_model_is_no_wrapper(tmp_path):
 
 @pytest.mark.parametrize("name", ["sequential.keras", "sequential.weights.h5", "shadow.keras"])
 def test_the_step_is_read(saved, name):
-    assert ask(saved / name, read_step) == 3
+    assert inspect(saved / name, read_step) == 3
 
 
-def test_the_rule_is_read_from_the_configuration(saved):
-    rule = ask(saved / "sequential.keras", read_rule)
+def test_the_rule_is_read_from_the_config(saved):
+    rule = inspect(saved / "sequential.keras", read_rule)
     assert rule["class_name"] == "ExponentialAverage"
     assert rule["config"]["decay"] == 0.5
 
 
 def test_the_rule_is_read_from_the_description(weights_file):
     describe(weights_file, text={"format": 1, "rule": RULE, "weights": []})
-    assert ask(weights_file, read_rule) == RULE
+    assert inspect(weights_file, read_rule) == RULE
 
 
-def test_a_file_without_a_description_does_not_say_the_rule(weights_file):
+def test_a_file_without_a_description_has_no_rule(weights_file):
     describe(weights_file, text=None)
-    assert ask(weights_file, read_rule) is None
+    assert inspect(weights_file, read_rule) is None
 
 
 @pytest.mark.parametrize(
@@ -105,10 +107,10 @@ def test_a_file_without_a_description_does_not_say_the_rule(weights_file):
     ],
     ids=lambda text: json.dumps(text)[:20] if isinstance(text, dict) else repr(text[:5]),
 )
-def test_a_description_that_names_no_rule_is_refused(weights_file, text):
+def test_a_description_without_a_rule_is_refused(weights_file, text):
     describe(weights_file, text=text)
     with pytest.raises(InputError, match="sequential.weights.h5") as caught:
-        ask(weights_file, read_rule)
+        inspect(weights_file, read_rule)
     assert "\n" not in str(caught.value)
 
 
@@ -116,12 +118,12 @@ def test_a_description_of_another_dtype_is_refused(weights_file):
     describe(weights_file, text=None)
     with h5py.File(weights_file, "r+") as file:
         file["layers/shadow/vars/description"] = np.zeros(3)
-    with pytest.raises(InputError, match="is no description of an average"):
-        ask(weights_file, read_rule)
+    with pytest.raises(InputError, match="is not the description of a rule"):
+        inspect(weights_file, read_rule)
 
 
 def test_a_state_without_a_step_is_refused(weights_file):
     with h5py.File(weights_file, "r+") as file:
         del file["layers/shadow/vars/0"]
-    with pytest.raises(InputError, match="'layers/shadow' does not hold the step"):
-        ask(weights_file, read_step)
+    with pytest.raises(InputError, match="'layers/shadow' does not contain the step"):
+        inspect(weights_file, read_step)

@@ -7,20 +7,16 @@ import pytest
 from wrappers import KINDS, save_all
 
 from polyak_model.errors import InputError
+from polyak_model.saving import distances
+from polyak_model.saving.distances import Distance, measure_distances, measure_total
 from polyak_model.saving.wrapper_reader import find_wrappers
-from polyak_model.weight_files import inspection
-from polyak_model.weight_files.inspection import (
-    Distance,
-    list_variables,
-    measure_distances,
-    measure_total,
-)
 from polyak_model.weight_files.reader import open_weights
+from polyak_model.weight_files.training_state import split_variables
 
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
+    """Skips clearing the state of Keras, which is slow and not needed here."""
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +49,21 @@ def test_the_raw_and_the_average_model_have_the_same_variables_in_a_file(saved, 
     with open_weights(folder / f"{kind}.keras") as weights:
         (wrapper,) = find_wrappers(weights)
         (raw, _), (average, _) = (
-            list_variables(weights, group) for group in (wrapper.raw, wrapper.average)
+            split_variables(weights, group) for group in (wrapper.raw, wrapper.average)
         )
         assert {k: v.shape for k, v in raw.items()} == {k: v.shape for k, v in average.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_weights_are_listed_and_all_state_of_optimizers_is_apart(saved, kind):
+def test_weights_and_state_of_optimizers_are_listed_separately(saved, kind):
     folder, wrappers = saved
     raw = wrappers[kind].raw_model
     with open_weights(folder / f"{kind}.weights.h5") as weights:
         (wrapper,) = find_wrappers(weights)
-        model, optimizers = list_variables(weights, wrapper.raw)
+        model, optimizers = split_variables(weights, wrapper.raw)
         assert len(model) == len(raw.weights)
         assert len(optimizers) == len(raw.optimizer.variables)
-        whole, others = list_variables(weights)
+        whole, others = split_variables(weights)
         assert whole.keys() | others.keys() == weights.variables.keys()
 
 
@@ -77,8 +73,8 @@ def test_the_distance_is_the_euclidean_norm_of_the_difference(saved, kind, endin
     folder, wrappers = saved
     model = wrappers[kind]
     with open_weights(folder / f"{kind}{ending}") as weights:
-        distances = measure_distances(weights, *find_wrappers(weights))
-    total = measure_total(distances)
+        by_layer = measure_distances(weights, *find_wrappers(weights))
+    total = measure_total(by_layer)
     pairs = zip(model.raw_model.weights, model.average_model.weights, strict=True)
     differences = [np.float64(raw.numpy()) - np.float64(average.numpy()) for raw, average in pairs]
     norms = [np.float64(raw.numpy()) for raw in model.raw_model.weights]
@@ -86,17 +82,17 @@ def test_the_distance_is_the_euclidean_norm_of_the_difference(saved, kind, endin
         expected = math.sqrt(math.fsum(np.concatenate([a.ravel() for a in arrays]) ** 2))
         np.testing.assert_allclose(measured, expected, rtol=1e-14)
     layers = {layer for layer in model.raw_model._flatten_layers() if layer._trainable_variables}
-    assert len(distances) == len(layers)
+    assert len(by_layer) == len(layers)
 
 
 def test_the_distance_of_one_layer_is_that_of_its_arrays(saved):
     folder, wrappers = saved
     with open_weights(folder / "sequential.keras") as weights:
-        distances = measure_distances(weights, *find_wrappers(weights))
+        layers = measure_distances(weights, *find_wrappers(weights))
     raw, average = wrappers["sequential"].raw_model, wrappers["sequential"].average_model
     pairs = zip(raw.get_layer("first").weights, average.get_layer("first").weights, strict=True)
     difference = np.concatenate([(np.float64(r) - np.float64(a)).ravel() for r, a in pairs])
-    (first,) = [each for each in distances if each.layer == "layers/dense"]
+    (first,) = [each for each in layers if each.layer == "layers/dense"]
     np.testing.assert_allclose(first.distance, np.linalg.norm(difference), rtol=1e-14)
 
 
@@ -104,13 +100,13 @@ def test_the_distance_is_the_same_in_blocks_of_any_size(measure, monkeypatch):
     raw, average = np.random.default_rng(0).normal(size=(2, 7, 5))
     (whole,) = measure(raw, average)
     for size in (1, 3, 12, 35):
-        monkeypatch.setattr(inspection, "BLOCK", size)
+        monkeypatch.setattr(distances, "_BLOCK", size)
         (cut,) = measure(raw, average)
         np.testing.assert_allclose(cut[1:], whole[1:], rtol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ml_dtypes.bfloat16])
-def test_floats_of_every_width_are_measured(measure, dtype):
+def test_floats_of_every_dtype_are_measured(measure, dtype):
     (distance,) = measure(np.array([3, 4], dtype), np.array([0, 0], dtype))
     assert distance == Distance("layers/dense", 5.0, 5.0)
     assert distance.relative == 1
@@ -120,22 +116,12 @@ def test_integers_have_no_distance(measure):
     assert measure(np.array([3, 4]), np.array([0, 0])) == []
 
 
-def test_nothing_is_no_distance_away_from_nothing():
+def test_the_distance_relative_to_zero_weights_is_zero_or_infinite():
     assert Distance("a", 0.0, 0.0).relative == 0
     assert Distance("a", 1.0, 0.0).relative == math.inf
     assert measure_total([]) == Distance("total", 0.0, 0.0)
 
 
-def test_models_that_differ_in_a_shape_are_refused(measure):
+def test_models_of_different_shapes_are_refused(measure):
     with pytest.raises(InputError, match=r"shape \(2,\) in the raw model and \(1,\) in the averag"):
         measure(np.zeros(2), np.zeros(1))
-
-
-def test_a_layer_that_is_called_after_an_optimizer_is_listed(tmp_path):
-    with h5py.File(tmp_path / "a.weights.h5", "w") as file:
-        for name in ("layers/my_optimizer", "critic_optimizer", "net/optimizer/inner_optimizer"):
-            file[f"{name}/vars/0"] = 1.0
-    with open_weights(tmp_path / "a.weights.h5") as weights:
-        model, optimizers = list_variables(weights)
-    assert list(model) == ["layers/my_optimizer/vars/0"]
-    assert len(optimizers) == 2
