@@ -1,4 +1,4 @@
-"""AverageCheckpoint: the file holds what had the score, also after a training was resumed."""
+"""AverageCheckpoint: the file contains the scored weights, also after training was resumed."""
 
 import os
 
@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from models import (
+    LazyClassifier,
     assert_identical,
     compile_classifier,
     make_classifier,
@@ -177,6 +178,126 @@ def test_another_training_starts_from_no_score(fit, tmp_path):
     assert first.best == second.best
 
 
+# Counters that fall
+
+
+def test_the_newest_files_are_kept_after_the_average_was_reset(fit, tmp_path):
+    model, callback = make_model(), AverageCheckpoint(tmp_path / "{epoch}.keras", keep_last=2)
+    fit(model, callback, epochs=4)
+    model.reset_average()
+    fit(model, callback, epochs=6, initial_epoch=4)
+    assert names(tmp_path) == ["5.keras", "6.keras"]
+
+
+def test_the_newest_files_are_kept_after_training_went_back_to_an_earlier_one(fit, tmp_path):
+    path = tmp_path / "{epoch}.weights.h5"
+    fit(make_model(), AverageCheckpoint(path, "both", keep_last=4), epochs=5)
+    model = make_model()
+    model.load_weights(tmp_path / "2.weights.h5")
+    fit(model, AverageCheckpoint(path, "both", keep_last=2), epochs=4, initial_epoch=2)
+    assert names(tmp_path) == ["3.weights.h5", "4.weights.h5"]
+    model.load_weights(tmp_path / "4.weights.h5")
+    assert model.average_step == 8
+
+
+def test_the_newest_file_is_kept_between_the_batches_of_one_step(fit, tmp_path):
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=4)
+    model = PolyakModel(compile_classifier(make_classifier(), optimizer, run_eagerly=True))
+    path = tmp_path / "{epoch}-{batch}.weights.h5"
+    kept = []
+    fit(
+        model,
+        AverageCheckpoint(path, save_freq=1, keep_last=1),
+        keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: kept.append(names(tmp_path))
+        ),
+        epochs=3,
+    )
+    assert kept == [[f"{epoch}-{batch}.weights.h5"] for epoch in (1, 2, 3) for batch in (1, 2)]
+
+
+def test_the_best_file_is_kept_after_the_average_was_reset(fit, tmp_path):
+    model = make_model()
+    best = AverageCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, keep_last=1)
+    scores = fit(model, best, epochs=2)["val_loss"]
+    model.reset_average()
+    scores += fit(model, best, epochs=3, initial_epoch=2)["val_loss"]
+    assert min(scores) == scores[2] == best.best
+    assert names(tmp_path) == ["3.keras"]
+
+
+@pytest.mark.parametrize("name", ["best.keras", "{epoch}.best.keras"])
+@pytest.mark.parametrize("same_callback", [True, False])
+def test_a_training_that_went_back_has_the_best_score_of_before(fit, tmp_path, name, same_callback):
+    def make_best():
+        return AverageCheckpoint(tmp_path / name, save_best_only=True)
+
+    optimizer = keras.optimizers.SGD(1.0)
+    inner = compile_classifier(make_classifier(), optimizer, run_eagerly=True)
+    model, best = PolyakModel(inner, 0.5), make_best()
+    both = AverageCheckpoint(tmp_path / "{epoch}.weights.h5", "both")
+    scores = fit(model, best, both, epochs=3)["val_loss"]
+    assert scores[2] < scores[1] < scores[0]
+    model.load_weights(tmp_path / "2.weights.h5")
+    optimizer.learning_rate = 0.001
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(again.best)
+    )
+    again = best if same_callback else make_best()
+    scores[2:] = fit(model, again, look, epochs=3, initial_epoch=2)["val_loss"]
+    assert seen[0] == scores[1]
+    assert again.best == min(scores)
+
+
+def test_a_callback_that_loads_an_earlier_file_between_epochs_takes_its_score_back(fit, tmp_path):
+    def go_back(epoch, logs):
+        if epoch == 2:
+            model.load_weights(tmp_path / "1.weights.h5")
+
+    model = make_model()
+    best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    both = AverageCheckpoint(tmp_path / "{epoch}.weights.h5", "both")
+    seen = []
+    fit(
+        model,
+        best,
+        both,
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=go_back, on_train_batch_begin=lambda batch, logs: seen.append(best.best)
+        ),
+        epochs=4,
+    )
+    assert seen[6] == seen[2] > seen[4]
+
+
+def test_a_training_that_is_compiled_anew_and_reset_keeps_its_best_score(fit, tmp_path):
+    model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    scores = fit(model, best, epochs=3)["val_loss"]
+    compile_classifier(model, keras.optimizers.SGD(-1.0), run_eagerly=True)
+    model.reset_average()
+    assert min(fit(model, best, epochs=1)["val_loss"]) > min(scores) == best.best
+
+
+def test_a_score_whose_file_could_not_be_written_is_not_the_best(fit, tmp_path):
+    (tmp_path / "best.keras").mkdir()
+    model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    with pytest.raises(OSError, match="folder"):
+        fit(model, best, epochs=1)
+    assert best.best is None
+    (tmp_path / "best.keras").rmdir()
+    scores = fit(model, best, epochs=1)["val_loss"]
+    assert best.best == scores[0]
+    assert names(tmp_path) == ["best.keras"]
+
+
+def test_a_lazily_built_model_is_saved(fit, tmp_path):
+    inner = compile_classifier(LazyClassifier(), run_eagerly=True)
+    best = AverageCheckpoint(tmp_path / "best.weights.h5", save_best_only=True)
+    scores = fit(PolyakModel(inner), best, epochs=2)["val_loss"]
+    assert best.best == min(scores)
+
+
 # Refused
 
 
@@ -189,7 +310,7 @@ def test_another_training_starts_from_no_score(fit, tmp_path):
         ({"save_freq": 0}, "`save_freq` counts batches.*at least 1. Received: save_freq=0"),
         ({"save_freq": "batch"}, "`save_freq` counts batches, if not 'epoch'"),
         ({"save_freq": 5, "save_best_only": True}, "needs the score of a whole epoch"),
-        ({"keep_last": 2}, "`keep_last` needs a filepath that differs from file to file"),
+        ({"keep_last": 2}, "`keep_last` needs a filepath with a placeholder"),
         ({"keep_last": 0, "filepath": "{epoch}.keras"}, "`keep_last` counts files.*at least 1"),
     ],
 )
