@@ -19,6 +19,7 @@ from polyak_model.saving.score_record import write_record
 from polyak_model.weight_files.atomic_write import written_whole
 
 CONTENTS = ("average", "raw", "both")
+_LARGE = 4096  # Entries.
 
 
 class AverageCheckpoint(keras.callbacks.Callback):
@@ -241,10 +242,11 @@ class AverageCheckpoint(keras.callbacks.Callback):
 
 
 def _sample_checksum(weights):
-    # An optimizer step changes every weight, so a few entries of each identify them.
-    samples = (keras.ops.reshape(weight, (-1,))[:64] for weight in weights)
+    # An optimizer step changes every weight, so a few entries of a large one are enough.
     checksum = 0
-    for sample in samples:
+    for weight in weights:
+        is_large = math.prod(weight.shape) > _LARGE
+        sample = keras.ops.reshape(weight, (-1,))[:_LARGE] if is_large else weight
         checksum = zlib.crc32(keras.ops.convert_to_numpy(sample).tobytes(), checksum)
     return checksum
 

@@ -279,6 +279,18 @@ def test_a_training_that_is_compiled_anew_and_reset_keeps_its_best_score(fit, tm
     assert min(fit(model, best, epochs=1)["val_loss"]) > min(scores) == best.best
 
 
+def test_weights_that_change_between_fits_without_a_step_keep_the_best_score(fit, tmp_path):
+    model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    stop = keras.callbacks.EarlyStopping(patience=1, restore_best_weights=True)
+    scores = fit(model, best, stop, epochs=6)["val_loss"]
+    assert best.best == min(scores) < scores[-1]
+    scores += fit(model, best, epochs=1)["val_loss"]
+    model.apply_average()
+    model.raw_model.set_weights([0.9 * weight for weight in model.raw_model.get_weights()])
+    scores += fit(model, best, epochs=1)["val_loss"]
+    assert best.best == min(scores)
+
+
 def test_a_score_whose_file_could_not_be_written_is_not_the_best(fit, tmp_path):
     (tmp_path / "best.keras").mkdir()
     model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)

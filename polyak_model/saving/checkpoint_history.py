@@ -124,7 +124,7 @@ class CheckpointHistory:
         }
 
     def add(self, record):
-        """Takes note of a file that was written.
+        """Adds a file that was written, and its score.
 
         Args:
             record: What `record` returned for it.
