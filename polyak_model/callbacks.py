@@ -1,54 +1,60 @@
-"""Checkpoints of the average, the raw model or both, in files that hold what had the score."""
+"""Checkpoints of the average model, the raw model or both, saved with their score."""
 
-import glob
 import math
 import os
 import pathlib
 import string
 import warnings
+import zlib
 
 import keras
 
+from polyak_model import backend
+from polyak_model.backend.keras_internals import metric_direction
 from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
+from polyak_model.saving.checkpoint_history import CheckpointHistory, Position, has_placeholders
 from polyak_model.saving.saveable_model import size_in_file
-from polyak_model.saving.score_record import read_record, write_record
+from polyak_model.saving.score_record import write_record
 from polyak_model.weight_files.atomic_write import atomic_file
 
 CONTENTS = ("average", "raw", "both")
+_LARGE = 4096  # Entries.
 
 
 class AverageCheckpoint(keras.callbacks.Callback):
-    """Saves the average model, the raw model, or the wrapper that holds both, while it trains.
+    """Saves the average model, the raw model or the whole `PolyakModel` during training.
 
-    Each file is written whole or not at all. It carries a record of the score
-    that its weights had, so that a training that is resumed, by
-    `BackupAndRestore`, `load_model` or `load_weights`, goes on from the best
-    score of its files. Files of other trainings are neither minded nor removed.
-    At the end of an epoch with validation it saves before any other callback can
-    change the weights that were scored.
+    Each file is written atomically and records the score of its weights. A
+    training that is resumed by `BackupAndRestore`, `load_model` or
+    `load_weights` continues with the best score it had at that point; scores
+    of epochs after that point no longer count. Files of other trainings are
+    neither read for scores nor removed. At the end of an epoch with validation,
+    the file is saved before other callbacks can change the weights.
 
     Args:
         filepath: Path that ends with `.keras` (models) or `.weights.h5`
             (weights), with placeholders as in `keras.callbacks.ModelCheckpoint`:
             `"{epoch:02d}-{val_loss:.3f}.keras"`.
         contents: `"average"` or `"raw"`, plain Keras models; or `"both"`, the
-            `PolyakModel`, from which training resumes. Defaults to `"average"`.
-        monitor: Name in the logs of the score. Defaults to `"val_loss"`.
-        mode: `"min"`, `"max"` or `"auto"`: which scores are better. Defaults to
-            `"auto"`, by the name or the metric.
-        save_best_only: Bool. Whether to save only what scores better than
-            everything before. The score must be that of the contents. Defaults
-            to False.
-        save_freq: `"epoch"`, or an int: after so many batches. Defaults to
-            `"epoch"`.
-        keep_last: Int, how many files to keep; older ones of this training are
-            removed after a new one is written. Defaults to None: all.
+            `PolyakModel`, from which training can be resumed. Defaults to
+            `"average"`.
+        monitor: Name of the score in the logs. Defaults to `"val_loss"`.
+        mode: `"min"`, `"max"` or `"auto"`: whether a lower or a higher score is
+            better. Defaults to `"auto"`: by the name or the metric.
+        save_best_only: Bool. Whether to save only when the score is better than
+            all before. The score must be that of the contents. Defaults to
+            False.
+        save_freq: `"epoch"`, or an int of at least 1, the number of batches
+            between two files. Defaults to `"epoch"`.
+        keep_last: Int of at least 1, how many files to keep; the files of this
+            training that were written before them are removed. Defaults to
+            None: all.
 
     Raises:
         ValueError: If an argument is out of its range. When training begins: if
-            `save_best_only` would score one model and save the other.
-        TypeError: When training begins, if the model is no `PolyakModel`.
+            `save_best_only` would save another model than the one scored.
+        TypeError: When training begins, if the model is not a `PolyakModel`.
 
     Example:
 
@@ -89,12 +95,20 @@ class AverageCheckpoint(keras.callbacks.Callback):
                 "`filepath` must end with '.keras', for models, or '.weights.h5', for weights. "
                 f"Received: filepath={self.filepath!r}."
             )
-        self.best = None
-        self._run = None
-        self._epoch = None  # The number of the epoch under way, from 1, until it was dealt with.
+        saved = f"{contents} {monitor if self.save_best_only else 'every'}"
+        self._history = CheckpointHistory(
+            self.filepath, f"{os.path.basename(self.filepath)} {saved}"
+        )
+        self._epoch = None  # The current epoch, from 1; None once its end has been handled.
+        self._is_first_epoch = True
         self._training_logs = {}
         self._unsaved = 0
         self._last_batch = -1
+
+    @property
+    def best(self):
+        """The best score of this training so far, a float, or None before the first."""
+        return self._history.best
 
     def on_train_begin(self, logs=None):
         if not isinstance(self.model, PolyakModel):
@@ -103,27 +117,28 @@ class AverageCheckpoint(keras.callbacks.Callback):
                 f"{type(self.model).__name__}. Wrap the model, PolyakModel(model), or use "
                 "keras.callbacks.ModelCheckpoint."
             )
-        route = self._scored()
+        route = self._scored_route()
         if self.save_best_only and self.contents not in ("both", route):
             prefix = "" if self.model.inference == self.contents else f"{self.contents}_"
             raise ValueError(
-                f"The file must hold the weights that had the score. Received: contents="
+                "The file must contain the model that was scored. Received: contents="
                 f"{self.contents!r} and monitor={self.monitor!r}, a score of the {route} model"
                 f"{'s' * (route == 'ensemble')}. Monitor 'val_{prefix}loss' (it is reported with "
                 f"PolyakModel(report=...) that names {self.contents!r}), or save contents='both'."
             )
+        self._is_first_epoch = True
 
     def on_epoch_begin(self, epoch, logs=None):
-        # By now every callback has restored what it restores.
-        self._epoch, self._last_batch = epoch + 1, -1
-        self._recall()
+        # Not in on_train_begin, where BackupAndRestore may still have to load its backup.
+        self._history.resume(self.model.shadow.run, self._position(), reread=self._is_first_epoch)
+        self._epoch, self._last_batch, self._is_first_epoch = epoch + 1, -1, False
 
     def on_train_batch_end(self, batch, logs=None):
         if self.save_best_only and self.mode == "auto":
-            # With the first batch the metrics are built; this is the earliest to tell.
+            # Metrics are not built before the first batch.
             self.mode = self._direction()
         self._training_logs = logs or {}
-        # With steps_per_execution, batches come in bunches.
+        # With steps_per_execution, one call stands for several batches.
         self._unsaved += batch - self._last_batch
         self._last_batch = batch
         if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
@@ -131,7 +146,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
             self._save({"epoch": self._epoch, "batch": batch + 1}, self._training_logs)
 
     def on_test_end(self, logs=None):
-        # Here no other callback can have changed the weights since they were scored.
+        # No other callback can have changed the weights since they were scored.
         scores = {f"val_{name}": value for name, value in (logs or {}).items()}
         logs = {**self._training_logs, **scores}
         if self._epoch is not None and self._has_all(logs):
@@ -140,6 +155,11 @@ class AverageCheckpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if self._epoch is not None:
             self._end_epoch(logs or {})
+        self._history.leave(self._position())
+
+    def on_train_end(self, logs=None):
+        # Weights may have been restored, and a finished training that is resumed has no epoch left.
+        self._history.resume(self.model.shadow.run, self._position(), reread=self._is_first_epoch)
 
     def _has_all(self, logs):
         # Other callbacks may add to the logs until the end of the epoch.
@@ -152,19 +172,12 @@ class AverageCheckpoint(keras.callbacks.Callback):
         if self.save_freq == "epoch" and (not self.save_best_only or self._improves(epoch, logs)):
             self._save({"epoch": epoch}, logs)
 
-    def on_train_end(self, logs=None):
-        self._recall()  # There may have been no epoch left to run.
+    def _position(self):
+        iterations = int(backend.optimizer_step(self.model.raw_model))
+        checksum = _sample_checksum(self.model.raw_model.weights)
+        return Position(iterations, self.model.average_step, checksum)
 
-    def _recall(self):
-        if self._run != self.model.shadow.run:
-            self._run, self.best = self.model.shadow.run, None
-        # The files know more than this object after the process was killed, and the newest is best.
-        files = self._files().values() if self.save_best_only else ()
-        if newest := max(files, key=lambda record: record["step"], default=None):
-            self.best = newest["score"]
-
-    def _scored(self):
-        # The route whose score is monitored.
+    def _scored_route(self):
         if not self.monitor.startswith("val_"):
             return "raw"
         for route in self.model.report or ():
@@ -178,12 +191,12 @@ class AverageCheckpoint(keras.callbacks.Callback):
             return "min"
         groups = (getattr(metric, "metrics", [metric]) for metric in self.model.metrics)
         for metric in (metric for group in groups for metric in group):
-            direction = getattr(metric, "_direction", None)
+            direction = metric_direction(metric)
             if direction and (name == metric.name or name.endswith(f"_{metric.name}")):
-                return {"up": "max", "down": "min"}[direction]
+                return direction
         raise ValueError(
-            f"`mode` must be 'min' or 'max' for monitor={self.monitor!r}, of which Keras does not "
-            "tell whether more is better. Received: mode='auto'."
+            f"`mode` must be 'min' or 'max' for monitor={self.monitor!r}: Keras does not know "
+            "whether a higher value is better. Received: mode='auto'."
         )
 
     def _improves(self, epoch, logs):
@@ -201,32 +214,16 @@ class AverageCheckpoint(keras.callbacks.Callback):
                 stacklevel=2,
             )
             return False
-        improves = self._is_better(score)
-        if improves:
-            self.best = float(score)
-        return improves
-
-    def _is_better(self, score):
         if self.best is None or math.isnan(score):
             return not math.isnan(score)
         return score < self.best if self.mode == "min" else score > self.best
 
-    def _files(self):
-        # The files that this callback wrote in this training, with their records.
-        records = {path: read_record(path) for path in glob.glob(_pattern(self.filepath))}
-        return {path: record for path, record in records.items() if self._own < record.items()}
-
-    @property
-    def _own(self):
-        name = os.path.basename(self.filepath)
-        what = f"{name} {self.contents} {self.monitor if self.save_best_only else 'every'}"
-        return {"run": self._run, "callback": what}.items()
-
     def _save(self, moment, logs):
         path = pathlib.Path(self.filepath.format(**{**logs, **moment}))
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {**dict(self._own), "step": self.model.average_step, **moment}
-        if self.contents in ("both", self._scored()) and self.monitor in logs:
+        best = float(logs[self.monitor]) if self.save_best_only else None
+        record = {**self._history.record(path, self._position(), best), **moment}
+        if self.contents in ("both", self._scored_route()) and self.monitor in logs:
             record.update(monitor=self.monitor, score=float(logs[self.monitor]))
         model = {
             "average": self.model.average_model,
@@ -239,11 +236,19 @@ class AverageCheckpoint(keras.callbacks.Callback):
             else:
                 keras.Model.save_weights(model, partial)
             write_record(partial, record)
+        self._history.add(record)
         if self.keep_last:
-            files = self._files()
-            newest_first = sorted(files, key=lambda name: files[name]["step"], reverse=True)
-            for old in newest_first[self.keep_last :]:
-                os.remove(old)
+            self._history.remove_older(self.keep_last)
+
+
+def _sample_checksum(weights):
+    # An optimizer step changes every weight, so a few entries of a large one are enough.
+    checksum = 0
+    for weight in weights:
+        is_large = math.prod(weight.shape) > _LARGE
+        sample = keras.ops.reshape(weight, (-1,))[:_LARGE] if is_large else weight
+        checksum = zlib.crc32(keras.ops.convert_to_numpy(sample).tobytes(), checksum)
+    return checksum
 
 
 def _check_frequency(save_freq, save_best_only):
@@ -258,15 +263,9 @@ def _check_frequency(save_freq, save_best_only):
 
 
 def _check_kept(keep_last, filepath):
-    if _pattern(filepath) == glob.escape(filepath):
+    if not has_placeholders(filepath):
         raise ValueError(
-            "`keep_last` needs a filepath that differs from file to file. Received: "
-            f"filepath={filepath!r}. Use e.g. '{{epoch:03d}}.keras'."
+            "`keep_last` needs a filepath with a placeholder, or each file replaces the one "
+            f"before. Received: filepath={filepath!r}. Use e.g. '{{epoch:03d}}.keras'."
         )
     return check_integer("keep_last", keep_last, at_least=1, counts="files")
-
-
-def _pattern(filepath):
-    # 'a/{epoch:02d}.keras' becomes 'a/*.keras'.
-    parts = string.Formatter().parse(filepath)
-    return "".join(glob.escape(text) + "*" * (field is not None) for text, field, _, _ in parts)

@@ -1,8 +1,8 @@
-"""Trains with backups in a process that is killed again and again, for `test_backups.py`.
+"""Trains with backups in processes that are killed at random, for `test_backups.py`.
 
-`python kill_worker.py FOLDER KILLS SEED` trains in FOLDER/whole without interruption, and then in
-FOLDER/0, FOLDER/1, ... each to its end, restarted after each of so many kills in all, half of them
-while a file is being written.
+`python kill_worker.py FOLDER KILLS SEED` trains without interruption in FOLDER/whole. It then
+trains in FOLDER/0, FOLDER/1, ... to the end, and restarts the process after each kill, until it has
+killed KILLS processes in all, about half of them while they were writing a file.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def make_model():
 
 
 def train(folder, order):
-    """Trains to the end, from a backup if there is one, and writes the final state."""
+    """Trains to the end, from a backup if there is one, and saves the final state."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=(32, 6)).astype("float32")
     y = generator.integers(0, 3, size=32)
@@ -55,7 +55,7 @@ def train(folder, order):
         best,
         AverageCheckpoint(folder / "{epoch:02d}.weights.h5", contents="both", keep_last=2),
         keras.callbacks.BackupAndRestore(folder / "backup"),
-        keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_, **__: tell(folder, "begun")),
+        keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_, **__: mark(folder, "begun")),
     ]
     model.fit(
         x,
@@ -71,21 +71,22 @@ def train(folder, order):
     state = [*model.variables, *model.average_model.variables, *model.optimizer.variables]
     arrays = [variable.numpy() for variable in (*state, *average.weights)]
     np.savez(folder / "state.npz", *arrays, best=best.best, scored=average.evaluate(x, y))
-    tell(folder, "finished")
+    mark(folder, "finished")
 
 
-def tell(folder, word):
-    (folder / word).touch()
+def mark(folder, event):
+    (folder / event).touch()
 
 
 def train_killed(folder, kills, generator):
-    """Trains in child processes, killed at random moments, and returns how many were."""
+    """Trains in child processes, kills at most `kills` of them, and returns how many it killed."""
     folder.mkdir()
     order = generator.choice((1, -1))
     killed = 0
     while not (folder / "finished").exists():
         (folder / "begun").unlink(missing_ok=True)
-        child = os.fork()  # Importing TensorFlow takes seconds, and it has not started anything.
+        # Importing TensorFlow takes seconds, and it has started no threads yet.
+        child = os.fork()
         if child == 0:
             train(folder, order)
             os._exit(0)
@@ -108,20 +109,20 @@ def is_running(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def wait_for(folder, word, child):
-    while is_running(child) and not (folder / word).exists():
+def wait_for(folder, event, child):
+    while is_running(child) and not (folder / event).exists():
         time.sleep(0.001)
 
 
 def wait_for_writing(folder, times, child):
-    """Waits until files have been begun for the given number of times from now."""
-    seen = begun_files(folder)
+    """Waits until the child has begun to write the given number of files."""
+    seen = partial_files(folder)
     while is_running(child) and times > 0:
-        times -= len(begun_files(folder) - seen)
-        seen |= begun_files(folder)
+        times -= len(partial_files(folder) - seen)
+        seen |= partial_files(folder)
 
 
-def begun_files(folder):
+def partial_files(folder):
     names = os.listdir(folder)
     with contextlib.suppress(FileNotFoundError):
         names += os.listdir(folder / "backup")

@@ -1,4 +1,4 @@
-"""Training that is killed goes on from its backup as if it had never stopped."""
+"""Training that is killed resumes from its backup as if it had never been interrupted."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ WORKER = pathlib.Path(__file__).with_name("kill_worker.py")
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
-def test_training_killed_ten_times_ends_as_training_never_stopped(tmp_path):
+def test_training_killed_ten_times_ends_like_uninterrupted_training(tmp_path):
     subprocess.run([sys.executable, WORKER, tmp_path, "10", "0"], check=True, capture_output=True)
     expected = np.load(tmp_path / "whole" / "state.npz")
     assert float(expected["best"]) == expected["scored"]
@@ -32,8 +32,8 @@ def test_training_killed_ten_times_ends_as_training_never_stopped(tmp_path):
 
 
 def fit(model, batches, folder, epochs=3, **kwargs):
-    backup = keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)
-    model.fit(*batches, batch_size=32, epochs=epochs, verbose=0, callbacks=[backup], **kwargs)
+    backup = keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False, **kwargs)
+    model.fit(*batches, batch_size=32, epochs=epochs, verbose=0, callbacks=[backup])
 
 
 @pytest.fixture
@@ -43,8 +43,18 @@ def backup(batches, tmp_path):
     return tmp_path
 
 
-def test_a_backup_records_the_epoch_that_comes_next(backup):
+def test_a_backup_records_the_next_epoch(backup):
     assert read_record(backup / "latest.weights.h5") == {"epoch": 3, "batch": 0}
+
+
+@pytest.mark.parametrize("spelling", ["backup", "backup/", "./backup", "backup//", "a/../backup"])
+def test_a_backup_records_the_next_epoch_however_its_folder_is_spelled(
+    spelling, batches, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    fit(PolyakModel(make_compiled("sgd")), batches, spelling, epochs=1)
+    assert read_record("backup/latest.weights.h5") == {"epoch": 1, "batch": 0}
 
 
 @pytest.mark.parametrize(
@@ -54,31 +64,28 @@ def test_a_backup_records_the_epoch_that_comes_next(backup):
         lambda path: path.write_text(""),
         lambda path: path.write_text(json.dumps({"epoch": 2, "batch": 0})),
     ],
-    ids=["missing", "empty", "of the epoch before"],
+    ids=["missing", "empty", "from the epoch before"],
 )
-def test_no_epoch_is_repeated_when_the_epoch_was_not_written_after_the_weights(
-    damage, backup, batches
-):
+def test_no_epoch_is_repeated_when_only_the_weights_were_written(damage, backup, batches):
     damage(backup / "training_metadata.json")
     model = PolyakModel(make_compiled("sgd"))
     fit(model, batches, backup, epochs=4)
     assert model.average_step == 8
 
 
-def test_no_epoch_is_left_out_when_the_weights_are_gone(backup, batches):
+def test_no_epoch_is_skipped_when_the_weights_are_gone(backup, batches):
     (backup / "latest.weights.h5").unlink()
     model = PolyakModel(make_compiled("sgd"))
     fit(model, batches, backup, epochs=3)
     assert model.average_step == 6
 
 
-def test_a_damaged_backup_is_replaced_by_the_one_before(batches, tmp_path):
-    kwargs = {"double_checkpoint": True, "delete_checkpoint": False}
-    first = keras.callbacks.BackupAndRestore(tmp_path, **kwargs)
-    model = PolyakModel(make_compiled("sgd"))
-    model.fit(*batches, batch_size=32, epochs=3, verbose=0, callbacks=[first])
+@pytest.mark.parametrize("epoch", [1, 2], ids=["stale epoch", "right epoch"])
+def test_a_damaged_backup_is_replaced_by_the_previous_one(epoch, batches, tmp_path):
+    kwargs = {"double_checkpoint": True}
+    fit(PolyakModel(make_compiled("sgd")), batches, tmp_path, **kwargs)
     (tmp_path / "latest.weights.h5").write_bytes(b"damaged")
+    (tmp_path / "training_metadata.json.bkp").write_text(json.dumps({"epoch": epoch, "batch": 0}))
     model = PolyakModel(make_compiled("sgd"))
-    second = keras.callbacks.BackupAndRestore(tmp_path, **kwargs)
-    model.fit(*batches, batch_size=32, epochs=3, verbose=0, callbacks=[second])
+    fit(model, batches, tmp_path, **kwargs)
     assert model.average_step == 6

@@ -1,4 +1,4 @@
-"""AverageCheckpoint: the file holds what had the score, also after a training was resumed."""
+"""AverageCheckpoint: the file contains the scored weights, also after training was resumed."""
 
 import os
 
@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from models import (
+    LazyClassifier,
     assert_identical,
     compile_classifier,
     make_classifier,
@@ -17,7 +18,7 @@ from polyak_model import AverageCheckpoint, PolyakModel
 
 @pytest.fixture
 def fit(batches):
-    """Fits with callbacks, in order, two steps an epoch, and returns the history."""
+    """Returns a function that fits with two steps per epoch and returns the history."""
 
     def fit(model, *callbacks, epochs=4, validate=True, **kwargs):
         return model.fit(
@@ -35,7 +36,7 @@ def fit(batches):
 
 
 def make_model(**kwargs):
-    # Three epochs downhill, then uphill.
+    # The loss falls for three epochs, then rises.
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([6], [1.0, -1.0])
     inner = compile_classifier(make_classifier(), keras.optimizers.SGD(rate), run_eagerly=True)
     return PolyakModel(inner, 0.5, **kwargs)
@@ -46,7 +47,7 @@ def names(folder):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Records the weights of both models when they are scored."""
+    """Records the weights of both models whenever they are scored."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +59,7 @@ class Recorder(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_each_kind_of_contents_is_saved_as_itself(fit, tmp_path, ending):
+def test_each_kind_of_contents_can_be_loaded(fit, tmp_path, ending):
     model, recorder = make_model(), Recorder()
     files = {kind: tmp_path / f"{kind}{ending}" for kind in ("average", "raw", "both")}
     fit(model, recorder, *(AverageCheckpoint(file, kind) for kind, file in files.items()), epochs=2)
@@ -76,7 +77,7 @@ def test_each_kind_of_contents_is_saved_as_itself(fit, tmp_path, ending):
 
 
 class Spoiler(keras.callbacks.Callback):
-    """Changes all weights at the end of each epoch."""
+    """Changes all weights at the end of every epoch."""
 
     def on_epoch_end(self, epoch, logs=None):
         for variable in [*self.model.raw_model.weights, *self.model.average_model.weights]:
@@ -84,7 +85,7 @@ class Spoiler(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
-def test_the_best_file_holds_the_weights_that_had_the_best_score(fit, tmp_path, order):
+def test_the_best_file_contains_the_weights_with_the_best_score(fit, tmp_path, order):
     model, recorder = make_model(), Recorder()
     best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     scores = fit(model, recorder, *[best, Spoiler()][::order], epochs=6)["val_loss"]
@@ -94,7 +95,7 @@ def test_the_best_file_holds_the_weights_that_had_the_best_score(fit, tmp_path, 
     assert_identical(loaded.get_weights(), recorder.average[int(np.argmin(scores))])
 
 
-def test_the_best_by_a_metric_that_grows_is_the_greatest(fit, tmp_path):
+def test_a_higher_accuracy_is_better(fit, tmp_path):
     model = make_model(report=("average", "raw"))
     path = tmp_path / "{epoch}.weights.h5"
     best = AverageCheckpoint(path, "raw", "val_raw_accuracy", save_best_only=True)
@@ -104,7 +105,7 @@ def test_the_best_by_a_metric_that_grows_is_the_greatest(fit, tmp_path):
     assert names(tmp_path) == [f"{epoch + 1}.weights.h5" for epoch in improved]
 
 
-def test_a_score_that_is_no_number_is_never_best(fit, tmp_path):
+def test_nan_is_never_the_best_score(fit, tmp_path):
     best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     model = make_model()
     fit(model, best, epochs=1)
@@ -120,7 +121,7 @@ def test_batches_are_counted_across_epochs(fit, tmp_path):
     assert names(tmp_path) == ["2-1.weights.h5", "3-2.weights.h5", "5-1.weights.h5"]
 
 
-def test_batches_that_run_in_one_execution_are_counted_as_keras_counts_them(fit, tmp_path):
+def test_batches_of_one_execution_are_counted_as_by_keras(fit, tmp_path):
     inner = compile_classifier(make_classifier(), "sgd", steps_per_execution=2)
     path = tmp_path / "{epoch}.weights.h5"
     theirs = tmp_path / "keras" / path.name
@@ -145,7 +146,7 @@ def test_only_the_last_files_of_this_training_and_this_callback_are_kept(fit, tm
     assert names(tmp_path) == ["3.keras", "4.keras", *others]
 
 
-def test_a_resumed_training_goes_on_from_the_best_score_and_the_files_of_before(fit, tmp_path):
+def test_resumed_training_continues_with_its_best_score_and_its_files(fit, tmp_path):
     def callbacks(folder):
         return (
             AverageCheckpoint(folder / "best.keras", save_best_only=True),
@@ -167,7 +168,7 @@ def test_a_resumed_training_goes_on_from_the_best_score_and_the_files_of_before(
     assert_identical(received.get_weights(), expected.get_weights())
 
 
-def test_another_training_starts_from_no_score(fit, tmp_path):
+def test_another_training_starts_without_a_score(fit, tmp_path):
     path = tmp_path / "best.keras"
     first, second = (AverageCheckpoint(path, save_best_only=True) for _ in range(2))
     fit(make_model(), first, epochs=3)
@@ -175,6 +176,164 @@ def test_another_training_starts_from_no_score(fit, tmp_path):
     assert second.best == scores[0] > first.best
     fit(make_model(), first, epochs=1)
     assert first.best == second.best
+
+
+# Counters that fall
+
+
+def test_the_newest_files_are_kept_after_the_average_was_reset(fit, tmp_path):
+    model, callback = make_model(), AverageCheckpoint(tmp_path / "{epoch}.keras", keep_last=2)
+    fit(model, callback, epochs=4)
+    model.reset_average()
+    fit(model, callback, epochs=6, initial_epoch=4)
+    assert names(tmp_path) == ["5.keras", "6.keras"]
+
+
+def test_the_newest_files_are_kept_after_training_went_back_to_an_earlier_one(fit, tmp_path):
+    path = tmp_path / "{epoch}.weights.h5"
+    fit(make_model(), AverageCheckpoint(path, "both", keep_last=4), epochs=5)
+    model = make_model()
+    model.load_weights(tmp_path / "2.weights.h5")
+    fit(model, AverageCheckpoint(path, "both", keep_last=2), epochs=4, initial_epoch=2)
+    assert names(tmp_path) == ["3.weights.h5", "4.weights.h5"]
+    model.load_weights(tmp_path / "4.weights.h5")
+    assert model.average_step == 8
+
+
+def test_the_newest_file_is_kept_between_the_batches_of_one_step(fit, tmp_path):
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=4)
+    model = PolyakModel(compile_classifier(make_classifier(), optimizer, run_eagerly=True))
+    path = tmp_path / "{epoch}-{batch}.weights.h5"
+    kept = []
+    fit(
+        model,
+        AverageCheckpoint(path, save_freq=1, keep_last=1),
+        keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: kept.append(names(tmp_path))
+        ),
+        epochs=3,
+    )
+    assert kept == [[f"{epoch}-{batch}.weights.h5"] for epoch in (1, 2, 3) for batch in (1, 2)]
+
+
+def test_the_best_file_is_kept_after_the_average_was_reset(fit, tmp_path):
+    model = make_model()
+    best = AverageCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, keep_last=1)
+    scores = fit(model, best, epochs=2)["val_loss"]
+    model.reset_average()
+    scores += fit(model, best, epochs=3, initial_epoch=2)["val_loss"]
+    assert min(scores) == scores[2] == best.best
+    assert names(tmp_path) == ["3.keras"]
+
+
+@pytest.mark.parametrize("name", ["best.keras", "{epoch}.best.keras"])
+@pytest.mark.parametrize("same_callback", [True, False])
+def test_a_training_that_went_back_has_the_best_score_of_before(fit, tmp_path, name, same_callback):
+    def make_best():
+        return AverageCheckpoint(tmp_path / name, save_best_only=True)
+
+    optimizer = keras.optimizers.SGD(1.0)
+    inner = compile_classifier(make_classifier(), optimizer, run_eagerly=True)
+    model, best = PolyakModel(inner, 0.5), make_best()
+    both = AverageCheckpoint(tmp_path / "{epoch}.weights.h5", "both")
+    scores = fit(model, best, both, epochs=3)["val_loss"]
+    assert scores[2] < scores[1] < scores[0]
+    model.load_weights(tmp_path / "2.weights.h5")
+    optimizer.learning_rate = 0.001
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(again.best)
+    )
+    again = best if same_callback else make_best()
+    scores[2:] = fit(model, again, look, epochs=3, initial_epoch=2)["val_loss"]
+    assert seen[0] == scores[1]
+    assert again.best == min(scores)
+
+
+def test_a_callback_that_loads_an_earlier_file_between_epochs_takes_its_score_back(fit, tmp_path):
+    def go_back(epoch, logs):
+        if epoch == 2:
+            model.load_weights(tmp_path / "1.weights.h5")
+
+    model = make_model()
+    best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    both = AverageCheckpoint(tmp_path / "{epoch}.weights.h5", "both")
+    seen = []
+    fit(
+        model,
+        best,
+        both,
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=go_back, on_train_batch_begin=lambda batch, logs: seen.append(best.best)
+        ),
+        epochs=4,
+    )
+    assert seen[6] == seen[2] > seen[4]
+
+
+def test_a_training_that_is_compiled_anew_and_reset_keeps_its_best_score(fit, tmp_path):
+    model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    scores = fit(model, best, epochs=3)["val_loss"]
+    compile_classifier(model, keras.optimizers.SGD(-1.0), run_eagerly=True)
+    model.reset_average()
+    assert min(fit(model, best, epochs=1)["val_loss"]) > min(scores) == best.best
+
+
+def test_weights_that_change_between_fits_without_a_step_keep_the_best_score(fit, tmp_path):
+    model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    stop = keras.callbacks.EarlyStopping(patience=1, restore_best_weights=True)
+    scores = fit(model, best, stop, epochs=6)["val_loss"]
+    assert best.best == min(scores) < scores[-1]
+    scores += fit(model, best, epochs=1)["val_loss"]
+    model.apply_average()
+    model.raw_model.set_weights([0.9 * weight for weight in model.raw_model.get_weights()])
+    scores += fit(model, best, epochs=1)["val_loss"]
+    assert best.best == min(scores)
+
+
+def test_a_score_whose_file_could_not_be_written_is_not_the_best(fit, tmp_path):
+    (tmp_path / "best.keras").mkdir()
+    model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
+    with pytest.raises(OSError, match="folder"):
+        fit(model, best, epochs=1)
+    assert best.best is None
+    (tmp_path / "best.keras").rmdir()
+    scores = fit(model, best, epochs=1)["val_loss"]
+    assert best.best == scores[0]
+    assert names(tmp_path) == ["best.keras"]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["checkpoint first", "backup first"])
+def test_a_best_score_after_the_last_backup_does_not_count_once_training_resumes(
+    fit, tmp_path, order
+):
+    def callbacks():
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", delete_checkpoint=False)
+        return AverageCheckpoint(tmp_path / "best.keras", save_best_only=True), backup
+
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise RuntimeError("interrupted")
+
+    best, backup = callbacks()
+    interruption = keras.callbacks.LambdaCallback(on_epoch_end=interrupt)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(make_model(), *[best, interruption][::order], backup)
+    abandoned = best.best
+    best, backup = callbacks()
+    seen = []
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(best.best)
+    )
+    fit(make_model(), *[best, backup][::order], look, epochs=3)
+    assert seen[0] > abandoned == best.best
+
+
+def test_a_lazily_built_model_is_saved(fit, tmp_path):
+    inner = compile_classifier(LazyClassifier(), run_eagerly=True)
+    best = AverageCheckpoint(tmp_path / "best.weights.h5", save_best_only=True)
+    scores = fit(PolyakModel(inner), best, epochs=2)["val_loss"]
+    assert best.best == min(scores)
 
 
 # Refused
@@ -189,11 +348,11 @@ def test_another_training_starts_from_no_score(fit, tmp_path):
         ({"save_freq": 0}, "`save_freq` counts batches.*at least 1. Received: save_freq=0"),
         ({"save_freq": "batch"}, "`save_freq` counts batches, if not 'epoch'"),
         ({"save_freq": 5, "save_best_only": True}, "needs the score of a whole epoch"),
-        ({"keep_last": 2}, "`keep_last` needs a filepath that differs from file to file"),
+        ({"keep_last": 2}, "`keep_last` needs a filepath with a placeholder"),
         ({"keep_last": 0, "filepath": "{epoch}.keras"}, "`keep_last` counts files.*at least 1"),
     ],
 )
-def test_an_argument_out_of_its_range_is_refused(arguments, message):
+def test_an_argument_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         AverageCheckpoint(**{"filepath": "best.keras", **arguments})
 
@@ -212,7 +371,7 @@ def test_an_argument_out_of_its_range_is_refused(arguments, message):
         ),
     ],
 )
-def test_the_weights_of_one_with_the_score_of_another_are_refused_before_a_step(
+def test_saving_another_model_than_the_one_scored_is_refused_before_the_first_step(
     fit, tmp_path, arguments, options, message
 ):
     model = make_model(**options)
@@ -222,7 +381,7 @@ def test_the_weights_of_one_with_the_score_of_another_are_refused_before_a_step(
     assert model.average_step == 0
 
 
-def test_a_model_without_an_average_is_refused(fit, tmp_path):
+def test_a_model_that_is_not_wrapped_is_refused(fit, tmp_path):
     with pytest.raises(TypeError, match="the fit of a Sequential. Wrap the model"):
         fit(make_compiled("sgd"), AverageCheckpoint(tmp_path / "best.keras"))
 
@@ -235,14 +394,14 @@ def test_a_score_of_unknown_direction_is_refused_after_one_batch(fit, tmp_path):
     assert model.average_step == 1
 
 
-def test_a_score_that_is_not_in_the_logs_is_refused_with_those_that_are(fit, tmp_path):
+def test_a_score_missing_from_the_logs_is_refused_and_the_logs_are_listed(fit, tmp_path):
     callback = AverageCheckpoint(tmp_path / "a.keras", monitor="val_x", mode="min")
     callback.save_best_only = True
     with pytest.raises(ValueError, match=r"monitor='val_x'. The logs have \['accuracy', 'loss'"):
         fit(make_model(), callback)
 
 
-def test_nothing_saved_for_want_of_validation_is_told(fit, tmp_path):
+def test_a_warning_says_that_nothing_is_saved_without_validation(fit, tmp_path):
     best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     with pytest.warns(UserWarning, match="Nothing was saved after epoch 1: .* validation_data"):
         fit(make_model(), best, epochs=1, validate=False)

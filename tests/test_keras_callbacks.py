@@ -1,4 +1,4 @@
-"""Every callback that Keras ships works as it does on the bare model, or is refused."""
+"""Every callback of Keras works as on the bare model, or is refused."""
 
 import math
 
@@ -17,7 +17,7 @@ from models import (
 
 from polyak_model import PolyakModel, PowerAverage
 
-# Each makes a callback that may write into a folder.
+# Functions that make a callback, which may write to the folder.
 KINDS = {
     "BackupAndRestore": lambda folder: callbacks.BackupAndRestore(folder / "backup"),
     "CSVLogger": lambda folder: callbacks.CSVLogger(folder / "log.csv"),
@@ -37,12 +37,12 @@ KINDS = {
     "TensorBoard": lambda folder: callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1),
     "TerminateOnNaN": lambda folder: callbacks.TerminateOnNaN(),
 }
-# TensorBoard's events and the wrapper's own files are not those of the bare model.
+# TensorBoard's events and the wrapper's weight files differ from those of the bare model.
 COMPARED = ("*.csv", "*.txt")
 
 
 def folders(path):
-    """Yields a folder for the bare and one for the wrapped run."""
+    """Yields a folder for the bare run, then one for the wrapped run."""
     for name in ("bare", "wrapped"):
         (path / name).mkdir()
         yield path / name
@@ -50,11 +50,11 @@ def folders(path):
 
 def needs_package(name):
     if name == "TensorBoard":
-        pytest.importorskip("tensorboard", reason="TensorFlow no longer installs tensorboard")
+        pytest.importorskip("tensorboard", reason="recent TensorFlow does not install tensorboard")
 
 
 def assert_called_as_bare(names, batches, path, **compilation):
-    """Compares a bare with a wrapped fit under fresh callbacks, and the files that they wrote."""
+    """Compares a bare and a wrapped fit with fresh callbacks, and the files they wrote."""
     written = []
     destinations = folders(path)
 
@@ -86,8 +86,8 @@ def test_every_callback_of_this_keras_is_known():
         for name, kind in vars(callbacks).items()
         if isinstance(kind, type) and issubclass(kind, callbacks.Callback)
     }
-    # The first two are no callbacks to pass; the next needs a network, and the next a package that
-    # brings JAX along; the last is refused.
+    # The first two are base classes; RemoteMonitor needs a network, OrbaxCheckpoint a package that
+    # installs JAX; SwapEMAWeights is refused.
     others = {"Callback", "CallbackList", "RemoteMonitor", "OrbaxCheckpoint", "SwapEMAWeights"}
     assert shipped - others == set(KINDS)
 
@@ -95,7 +95,7 @@ def test_every_callback_of_this_keras_is_known():
 @pytest.mark.parametrize("name", KINDS)
 def test_every_callback_alone_works_as_on_the_bare_model(name, batches, tmp_path):
     needs_package(name)
-    # Eagerly: tracing would take most of the time, and callbacks do not see the difference.
+    # Eager, since tracing would take most of the time and makes no difference to callbacks.
     assert_called_as_bare([name], batches, tmp_path, run_eagerly=True)
 
 
@@ -106,7 +106,7 @@ def test_all_callbacks_together_work_as_on_the_bare_model(order, batches, tmp_pa
     assert assert_called_as_bare(names, batches, tmp_path).average_step == 6
 
 
-def test_training_ends_at_the_batch_that_is_no_number_as_it_does_bare(batches):
+def test_training_stops_at_the_batch_with_a_nan_loss_as_on_the_bare_model(batches):
     x = np.copy(batches[0])
     x[40] = math.nan
     seen = []
@@ -133,7 +133,7 @@ def test_training_ends_at_the_batch_that_is_no_number_as_it_does_bare(batches):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["in-order", "reversed"])
-def test_early_stopping_among_others_restores_what_had_the_score(order, batches, tmp_path):
+def test_early_stopping_among_others_restores_the_best_weights(order, batches, tmp_path):
     model = PolyakModel(compile_classifier(make_classifier(), keras.optimizers.SGD(0.5)), 0.5)
     listed = [
         callbacks.EarlyStopping(patience=2, restore_best_weights=True),
@@ -158,11 +158,11 @@ def test_early_stopping_among_others_restores_what_had_the_score(order, batches,
     assert score == pytest.approx(min(scores), rel=1e-6)
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
 def make_wrapped(dropout=0.3):
-    """Wraps a net with BatchNormalization and dropout, averaged late, rarely and compensated."""
+    """Wraps a net with BatchNormalization and dropout; the average starts late and moves rarely."""
     keras.utils.set_random_seed(1)
     inner = keras.Sequential(
         [
@@ -183,7 +183,7 @@ def fit_in_order(model, x, y, **arguments):
 
 
 def assert_same_state(expected, received):
-    """Compares raw and average weights, residuals, step and optimizer bit for bit."""
+    """Compares both models, residuals, step and optimizer bit for bit."""
     assert expected.average_step == received.average_step > 0
     assert_identical(expected.get_weights(), received.get_weights())
     assert_identical(expected.average_model.get_weights(), received.average_model.get_weights())
@@ -192,7 +192,7 @@ def assert_same_state(expected, received):
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_as_if_never_stopped(
+def test_training_resumed_from_the_middle_of_an_epoch_equals_uninterrupted_training(
     ending, batches, tmp_path
 ):
     x, y = batches
@@ -216,7 +216,7 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_as_if_never_stopped(
 
 
 class Interruption(callbacks.Callback):
-    """Fails in the third epoch, in its middle or at its end."""
+    """Raises an error in the middle or at the end of the third epoch."""
 
     def __init__(self, moment):
         super().__init__()
@@ -235,7 +235,7 @@ class Interruption(callbacks.Callback):
 
 
 def fit_interrupted(make, moment, folder, batches, epochs=4, order=1, **kwargs):
-    """Fits until the interruption and then to the end, with a fresh model from the backup."""
+    """Fits until the interruption, then resumes a fresh model from the backup to the end."""
     model = make()
     listed = [callbacks.BackupAndRestore(folder, **kwargs), Interruption(moment)]
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -252,7 +252,7 @@ def fit_interrupted(make, moment, folder, batches, epochs=4, order=1, **kwargs):
     [("middle", 1), ("end", 1), ("end", -1)],
     ids=["middle", "after-backup", "before-backup"],
 )
-def test_an_interrupted_fit_goes_on_from_its_backup_as_if_never_interrupted(
+def test_a_fit_resumed_from_its_backup_equals_an_uninterrupted_fit(
     moment, order, batches, tmp_path
 ):
     expected = make_wrapped()
@@ -262,18 +262,16 @@ def test_an_interrupted_fit_goes_on_from_its_backup_as_if_never_interrupted(
     assert_same_state(expected, received)
 
 
-def test_a_backup_of_the_middle_of_an_epoch_goes_on_as_that_of_the_bare_model_does(
-    batches, tmp_path
-):
+def test_a_fit_resumed_from_the_middle_of_an_epoch_equals_that_of_the_bare_model(batches, tmp_path):
     def make():
-        return make_wrapped(dropout=0)  # Whose state Keras does not save for the bare model.
+        return make_wrapped(dropout=0)  # Keras does not save the seeds of the bare model's dropout.
 
     bare = fit_interrupted(
         lambda: make().raw_model, "middle", tmp_path / "bare", batches, save_freq=2
     )
     model = fit_interrupted(make, "middle", tmp_path / "wrapped", batches, save_freq=2)
     assert_identical(bare.get_weights(), model.raw_model.get_weights())
-    # Keras goes on from the weights in the middle of the epoch, and repeats the epoch.
+    # Keras resumes with the weights from the middle of the epoch, and repeats the whole epoch.
     assert model.average_step == int(bare.optimizer.iterations) == 18
 
 
@@ -297,7 +295,7 @@ def test_a_callback_that_swaps_averages_is_refused_before_anything_changes(batch
     assert model.average_step == 0
 
 
-def test_the_arguments_of_fit_may_be_given_by_position(batches):
+def test_fit_accepts_positional_arguments(batches):
     model = PolyakModel(make_compiled())
     history = model.fit(*batches, 16, 2, 0, [callbacks.TerminateOnNaN()], 0.25, None, False).history
     assert len(history["val_loss"]) == 2

@@ -1,8 +1,9 @@
-"""What Keras's BackupAndRestore writes is one state, whenever the process is killed.
+"""Keeps the weights and the epoch number of Keras's BackupAndRestore consistent.
 
-The callback writes the weights and then, into a file of its own, the epoch that
-comes next. In between, the two do not belong together, and a fit that goes on
-from them repeats an epoch. So the weights carry a record of the epoch.
+The callback writes the weights first, and then the number of the next epoch to
+a second file. If the process is killed in between, the two disagree, and the
+resumed training repeats an epoch. So the file of the weights records the epoch,
+too, and the second file is corrected from it before training resumes.
 """
 
 import contextlib
@@ -12,55 +13,56 @@ import pathlib
 import keras
 from keras import tree
 
-from polyak_model.saving.score_record import read_record, write_record
+from polyak_model.backend.keras_internals import backup_position
 from polyak_model.weight_files.atomic_write import atomic_file
 
 
 class Backups:
-    """The BackupAndRestore callbacks of a fit under way."""
+    """The BackupAndRestore callbacks of the current fit."""
 
     def __init__(self):
         self._callbacks = ()
 
     @contextlib.contextmanager
     def watched(self, callbacks):
-        """While open, knows the callbacks of a fit; before, makes their files agree.
+        """Corrects the files of the BackupAndRestore callbacks, then knows them while open.
 
         Args:
-            callbacks: What `fit` takes.
+            callbacks: The argument `callbacks` of `fit`.
         """
         kind = keras.callbacks.BackupAndRestore
         listed = tree.flatten(getattr(callbacks, "callbacks", callbacks))
         previous, self._callbacks = self._callbacks, [x for x in listed if isinstance(x, kind)]
         try:
             for callback in self._callbacks:
-                _mend(callback)
+                for ending in ("", ".bkp"):  # Written with `double_checkpoint`.
+                    _correct_epoch(callback, ending)
             yield
         finally:
             self._callbacks = previous
 
     def record(self, path, partial):
-        """Records in a file of weights, if it is a backup, the epoch that comes next.
+        """Records the next epoch in a file of weights, if that file is a backup.
 
         Args:
-            path: Where the file shall be.
-            partial: Where it lies.
+            path: Path of the file once it is complete.
+            partial: Path of the temporary file that has just been written.
         """
         for callback in self._callbacks:
-            if str(path) == str(_weights(callback)):
-                epoch, batch = callback._current_epoch, callback._last_batch_seen
+            if pathlib.Path(path) == _weights_path(callback):
+                epoch, batch = backup_position(callback)
                 write_record(partial, {"epoch": epoch, "batch": batch})
 
 
-def _weights(callback):
+def _weights_path(callback):
     return pathlib.Path(callback.backup_dir, "latest.weights.h5")
 
 
-def _mend(callback):
-    weights = _weights(callback)
-    metadata = weights.with_name("training_metadata.json")
+def _correct_epoch(callback, ending):
+    weights = pathlib.Path(f"{_weights_path(callback)}{ending}")
+    metadata = weights.with_name(f"training_metadata.json{ending}")
     if not weights.exists():
-        # Killed while Keras removed a backup that was no longer needed, or wrote the first one.
+        # Killed while Keras removed a finished training's backup, or before the first weights.
         metadata.unlink(missing_ok=True)
     elif record := read_record(weights):
         with atomic_file(metadata) as partial:
