@@ -1,10 +1,11 @@
-"""How fast `average_files` is, against plain copying, and how much memory it takes.
+"""Time and memory of `average_files`, compared with plain copying.
 
     python benchmarks/averaging_files.py
 
-Time: reading all inputs and writing one output of their size with plain h5py,
-against averaging them; both in turns, medians. Memory: the largest resident set
-of a process that averages, less that of one that only imports NumPy and h5py.
+Time: the median of averaging all inputs, compared with reading them and writing
+one output of their size with plain h5py, measured in alternation. Memory: the peak
+resident set of a process that averages, minus that of one that only imports NumPy
+and h5py.
 """
 
 import argparse
@@ -33,10 +34,10 @@ assert not {"keras", "tensorflow"} & set(sys.modules)
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=20)
-    parser.add_argument("--megabytes", type=int, default=400, help="of each file")
-    parser.add_argument("--tensors", type=int, default=20, help="in each file")
+    parser.add_argument("--megabytes", type=int, default=400, help="size of each file")
+    parser.add_argument("--tensors", type=int, default=20, help="tensors in each file")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cold", action="store_true", help="read from the disk, not from memory")
+    parser.add_argument("--cold", action="store_true", help="read from disk, not from the cache")
     parser.add_argument("--skip", choices=["time", "memory"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +51,7 @@ def main():
 
 
 def write_files(folder, options):
-    """Writes the files to average, of random weights, and returns their paths."""
+    """Writes files of random weights to average, and returns their paths."""
     generator = np.random.default_rng(0)
     size = options.megabytes * MEGABYTE // 4 // options.tensors
     paths = [folder / f"epoch-{n}.weights.h5" for n in range(options.files)]
@@ -62,7 +63,7 @@ def write_files(folder, options):
 
 
 def measure_time(paths, output, repeats, cold):
-    """Prints the medians of copying and of averaging, measured in turns."""
+    """Prints median times of copying and of averaging, measured in alternation."""
     seconds = {"read all, write one": [], "average_files": []}
     for _ in range(repeats):
         for name, work in zip(seconds, (read_and_write, average_files), strict=True):
@@ -81,7 +82,7 @@ def measure_time(paths, output, repeats, cold):
 
 
 def forget(paths):
-    """Asks the system to drop its copies of files in memory."""
+    """Drops files from the page cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -89,7 +90,7 @@ def forget(paths):
 
 
 def read_and_write(paths, output):
-    """Reads every tensor of every file, and writes those of the last one."""
+    """Reads every tensor of every file and writes those of the last file."""
     for path in paths[:-1]:
         with h5py.File(path) as file:
             file.visititems(read)
@@ -98,7 +99,7 @@ def read_and_write(paths, output):
 
 
 def read(name, item):
-    """Reads a tensor and forgets it."""
+    """Reads a tensor."""
     if isinstance(item, h5py.Dataset):
         item[()]
 
@@ -110,7 +111,7 @@ def write(target, name, item):
 
 
 def measure_memory(paths, output):
-    """Prints the peaks of two processes."""
+    """Prints the peak memory of two processes."""
     bare = peak_megabytes("import h5py, numpy", output, paths)
     averaging = peak_megabytes(AVERAGE, output, paths)
     print(f"{'largest resident set':22}{'MB':>9}")
@@ -120,8 +121,8 @@ def measure_memory(paths, output):
 
 
 def peak_megabytes(program, output, paths):
-    """Runs a program in a process of its own; returns its peak, as Linux tells it."""
-    # `resource` would count the memory of this process, too, which the other one is forked from.
+    """Runs a program in a new process and returns its peak resident set, as Linux reports it."""
+    # `resource` would include the memory of this process, which the new one is forked from.
     report = "\nprint(*(line for line in open('/proc/self/status') if 'VmHWM' in line))"
     command = [sys.executable, "-c", program + report, output, *paths]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

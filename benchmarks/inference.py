@@ -1,22 +1,22 @@
-"""What answering through a route costs, next to the bare Keras model.
+"""Time of predictions and evaluations through each route, relative to the bare Keras model.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --models narrow mlp-10M --jit --json inference.json
 
 Claims: `predict` and `evaluate` through the average or the raw model take at most
-1.02 times as long as those of the bare model, through the ensemble of both at most
-2.05 times; one pass that reports all three routes takes at most 2.1 bare ones; and
-the first call after a change of the route costs no more than one without.
+1.02 times as long as with the bare model, and through the ensemble at most 2.05
+times. One pass that reports all three routes takes at most 2.1 times as long. The
+first call after a change of route takes no longer than other calls.
 
-All calls take turns, in an order that is shuffled for each round, in one process, on
-the same data: a `tf.data.Dataset` of whole batches in memory, since for arrays Keras
-builds one in each call, which takes longer than a small model itself. The first call
-of each, which traces, is not counted. For each the table shows the median of its time,
-and of its ratio to the first of its group in the same round, with the half-width of
-the middle half: by the clock, and in processor time of this process, which says more
-where others use the machine too. `bare again` is a second model like the first: what
-it differs by is the error of the measurement. `Keras use_ema` swaps the averages of
-its optimizer into the model and back, by `keras.callbacks.SwapEMAWeights`.
+All calls alternate in one process, in an order shuffled in each round, on the same
+data: a `tf.data.Dataset` of complete batches in memory. (For arrays, Keras builds a
+dataset in each call, which takes longer than a small model.) The first call of each
+kind, which traces, is not counted. The table shows the median time, and the median
+ratio to the first call of the group in the same round ± half its interquartile range:
+in wall-clock time and in processor time of this process, which is more reliable on a
+busy machine. `bare again` is a second model like the first; its deviation from 1 is
+the measurement error. `Keras use_ema` swaps the averages of its optimizer into the
+model and back with `keras.callbacks.SwapEMAWeights`.
 """
 
 import argparse
@@ -60,12 +60,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     defaults = [name for name in MODELS if name != "mlp-100M"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=defaults)
-    parser.add_argument("--rounds", type=int, default=20, help="calls of each kind")
-    parser.add_argument("--batches", type=int, default=16, help="of each call")
+    parser.add_argument("--rounds", type=int, default=20, help="number of calls of each kind")
+    parser.add_argument("--batches", type=int, default=16, help="batches per call")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--jit", action="store_true", help="compile with XLA")
-    parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--json", metavar="PATH", help="where to write all times, in seconds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order")
+    parser.add_argument("--json", metavar="PATH", help="write all times in seconds here")
     parser.add_argument("--plot", metavar="PATH", default="inference.png")
     options = parser.parse_args(arguments)
     times = {}
@@ -78,7 +78,7 @@ def main(arguments=None):
         f"{'XLA' if options.jit else 'plain graph'}, {options.rounds} rounds of calls with "
         f"{options.batches} batches of {options.batch_size}\n"
     )
-    header = ["model", "call", "who answers", "median, ms", "ratio", "of processor time", "at most"]
+    header = ["model", "call", "route", "median, ms", "ratio", "processor ratio", "target"]
     print(format_table(header, [row for name in times for row in rows(name, times[name])], left=3))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
@@ -88,12 +88,12 @@ def main(arguments=None):
 
 
 def prepare(make, batches, batch_size, jit):
-    """Makes a bare model and its like, a wrapped one, and one whose optimizer averages.
+    """Makes two bare models, a wrapped one, and one whose optimizer averages.
 
     Returns:
-        A dict of groups, each a dict from a name to a pair of functions: one to
-        be called before, or None, and one to be timed. The first of a group is
-        what the others are compared with.
+        A dict of groups. Each group is a dict from a name to a pair of functions:
+        one to call first, or None, and one to time. The first entry of a group is
+        the reference for the others.
     """
 
     def make_compiled(**kwargs):
@@ -121,30 +121,30 @@ def prepare(make, batches, batch_size, jit):
 
     def swapping(call):
         def swap_and_call():
-            # As a callback of `predict` some versions of Keras do not swap back.
+            # As a callback of `predict`, some versions of Keras do not swap back.
             swap.on_test_begin()
-            answer = call()
+            result = call()
             swap.on_test_end()
-            return answer
+            return result
 
         return swap_and_call
 
-    def answers(ask):
+    def calls(make_call):
         return {
-            "bare": (None, ask(bare)),
-            "bare again": (None, ask(again)),
-            **{route: (None, ask(routed, using=route)) for route in ROUTES},
-            "Keras use_ema": (None, swapping(ask(swapped))),
+            "bare": (None, make_call(bare)),
+            "bare again": (None, make_call(again)),
+            **{route: (None, make_call(routed, using=route)) for route in ROUTES},
+            "Keras use_ema": (None, swapping(make_call(swapped))),
         }
 
     evaluations = [evaluate(routed, using=route) for route in ROUTES]
     average, raw = (predict(routed, using=route) for route in ("average", "raw"))
     return {
-        "predict": answers(predict),
+        "predict": calls(predict),
         "evaluate": {
-            **answers(evaluate),
+            **calls(evaluate),
             "three routes, one pass": (None, evaluate(routed)),
-            "three routes in turn": (None, lambda: [ask() for ask in evaluations]),
+            "three routes in turn": (None, lambda: [call() for call in evaluations]),
         },
         "switch to average": {
             "average after average": (average, average),
@@ -158,7 +158,7 @@ def prepare(make, batches, batch_size, jit):
 
 
 def take_two_steps(model):
-    """Steps along the weights themselves: averaging begins, and no training step is traced."""
+    """Starts averaging without tracing a training step: uses the weights as gradients."""
     for _ in range(2):
         trained = model.trainable_variables
         model.optimizer.apply([ops.convert_to_tensor(w) for w in trained], trained)
@@ -178,11 +178,11 @@ def draw_data(model, batches, batch_size):
 
 
 def measure(groups, rounds, seed):
-    """Times all calls in turns, in an order that is shuffled for each round.
+    """Times all calls in alternation, in an order shuffled in each round.
 
     Returns:
-        A dict like `groups`, in place of each pair a dict with lists of seconds:
-        `clock` and `processor`.
+        A dict like `groups` with, instead of each pair, a dict of two lists of
+        seconds: `clock` and `processor`.
     """
     turns = [(group, name) for group, calls in groups.items() for name in calls]
     times = {
@@ -190,7 +190,7 @@ def measure(groups, rounds, seed):
         for group, calls in groups.items()
     }
     for group, name in turns:
-        groups[group][name][1]()  # The first one traces.
+        groups[group][name][1]()  # The first call traces.
     generator = np.random.default_rng(seed)
     for _ in range(rounds):
         for turn in generator.permutation(len(turns)):
@@ -205,14 +205,14 @@ def measure(groups, rounds, seed):
 
 
 def ratio(times, reference):
-    """Returns the median of the paired ratios, and the half-width of their middle half."""
+    """Returns the median of the paired ratios and half their interquartile range."""
     ratios = [a / b for a, b in zip(times, reference, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, (high - low) / 2
 
 
 def rows(model, times):
-    """Yields the cells of each call of a model."""
+    """Yields the table row of each call of a model."""
     for group, calls in times.items():
         reference = next(iter(calls.values()))
         for name, own in calls.items():
@@ -227,7 +227,7 @@ def rows(model, times):
 
 
 def draw(path, times):
-    """Draws the ratios to the bare model by the clock, and the targets as black lines."""
+    """Plots the wall-clock ratios to the bare model, with the targets as black lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2 + 1.5 * len(times)), layout="constrained")
@@ -246,7 +246,7 @@ def draw(path, times):
                 bottom = bar.get_y()
                 panel.vlines(TARGETS[name], bottom, bottom + thickness, "black", linewidth=2)
         panel.set_title(group, loc="left", fontweight="bold")
-        panel.set_xlabel("times as long as the bare model")
+        panel.set_xlabel("time relative to the bare model")
         panel.grid(axis="x", color="#dddddd")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)

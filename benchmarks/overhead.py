@@ -1,4 +1,4 @@
-"""What averaging adds to a training step: time, memory, and how the time grows.
+"""Overhead of averaging per training step: time, memory, and how the time scales.
 
     python benchmarks/overhead.py
     python benchmarks/overhead.py --models narrow mlp-10M --jit --json overhead.json
@@ -6,28 +6,28 @@
     python benchmarks/overhead.py --memory
     python benchmarks/overhead.py --growth
 
-Every variant trains a model of its own on the same batch, from memory. They take
-turns, step by step, in one process and in an order shuffled in every round, so
-that whatever else the machine does hits all alike. For each the table shows the
-median of its paired differences to the bare model in the same round, with the
-half-width of their middle half; that as a share of the bare step; and as a
-multiple of the floor, an in-place `average += c * w` over as many parameters in
-one buffer, in turns with the rest. The first call, which traces and compiles, is
-timed by itself.
+Each variant trains a separate model on the same batch, from memory. The variants
+alternate step by step in one process, in an order shuffled in each round, so that
+other load on the machine affects all of them alike. For each, the table shows the
+median of its paired differences to the bare model in the same round ± half their
+interquartile range; the median relative to the bare step; and as a multiple of the
+floor, an in-place `average += c * w` over as many parameters in one buffer, which
+alternates with the variants. The first call, which traces and compiles, is timed
+separately.
 
-With `--steps-per-execution K` a call takes K training steps and times are those of
-one. A callback is then called once in K steps, and so is the host callback.
+With `--steps-per-execution K` a call takes K training steps, and times are per step.
+Callbacks, including the host callback, then run once in K steps.
 
 `--processes N` repeats all of this in N fresh processes, one after the other, and
-shows the median over processes of the step as a multiple of the bare one, and their
-range: layout and placement of a process shift all of its rounds together, which a
-spread within it does not show.
+shows the median and the range over processes of the step relative to the bare one.
+Memory layout and core placement shift all rounds of a process together, which the
+spread within a process does not show.
 
-`--memory` and `--growth` are told in `overhead_memory.py` and `overhead_growth.py`.
+`--memory` and `--growth` are documented in `overhead_memory.py` and
+`overhead_growth.py`.
 
-Keras's `SwapEMAWeights` is no variant of its own: it swaps weights when a test, a
-prediction or, if so told, an epoch begins and ends. The training step under it is
-that of `use_ema`.
+Keras's `SwapEMAWeights` is not a separate variant: it swaps weights around tests,
+predictions and, optionally, epochs. Its training step is that of `use_ema`.
 """
 
 import argparse
@@ -70,21 +70,21 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--memory", action="store_true", help="measure memory instead of time")
-    what.add_argument("--growth", action="store_true", help="fit how the extra time grows")
-    what.add_argument("--processes", type=int, default=1, help="how often to repeat in a fresh one")
+    what.add_argument("--growth", action="store_true", help="fit how the extra time scales")
+    what.add_argument("--processes", type=int, default=1, help="number of fresh processes")
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, help="steps of each variant")
+    parser.add_argument("--rounds", type=int, help="number of steps of each variant")
     parser.add_argument("--steps-per-execution", type=int, default=1, metavar="K")
     parser.add_argument("--jit", action="store_true", help="compile with XLA")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order")
     overhead_growth.add_arguments(parser)
-    parser.add_argument("--json", metavar="PATH", help="where to write all that was measured")
-    parser.add_argument("--plot", metavar="PATH", help="where to draw it")
+    parser.add_argument("--json", metavar="PATH", help="write all measurements here")
+    parser.add_argument("--plot", metavar="PATH", help="write the plot here")
     options = parser.parse_args(arguments)
     kind = "_growth" if options.growth else "_memory" if options.memory else ""
-    timed_ones = [name for name in MODELS if name != "mlp-100M"]
-    options.models = options.models or (["mlp-100M"] if options.memory else timed_ones)
+    small = [name for name in MODELS if name != "mlp-100M"]
+    options.models = options.models or (["mlp-100M"] if options.memory else small)
     options.variants = list(dict.fromkeys(["bare", *options.variants]))
     options.rounds = options.rounds or (30 if options.growth else 100)
     options.plot = options.plot or f"overhead{kind}.png"
@@ -92,14 +92,14 @@ def parse(arguments):
 
 
 def run_in_turns(options):
-    """Times all variants of all models in this process, prints a table and draws it."""
+    """Times all variants of all models in this process; prints a table and plots it."""
     times = {}
     for name in options.models:
         print(f"{name}: {len(options.variants)} variants", file=sys.stderr, flush=True)
         times[name] = measure(*MODELS[name], options)
         keras.utils.clear_session()
     print(f"{describe(options)}, {options.rounds} rounds\n")
-    header = ["model", "variant", "extra, ms", "of bare", "of floor", "first call, s", "of bare"]
+    header = ["model", "variant", "extra, ms", "/ bare", "/ floor", "first call, s", "/ bare"]
     print(format_table(header, [row for name in times for row in rows(name, times[name])], left=2))
     overhead_charts.draw_extra_time(
         options.plot, {name: shares(own) for name, own in times.items()}
@@ -113,11 +113,11 @@ def describe(options):
 
 
 def measure(make, batch_size, options):
-    """Times the steps of all variants of a model in turns.
+    """Times the steps of all variants of a model in alternation.
 
     Returns:
-        A dict from a variant, or `floor`, to `first`, the seconds of the first
-        call, and `steps`, a list of seconds per training step.
+        A dict from each variant, and `floor`, to a dict of `first`, the seconds of
+        the first call, and `steps`, a list of seconds per training step.
     """
     k = options.steps_per_execution
     steps = {name: prepare(name, make, batch_size, options.jit, k) for name in options.variants}
@@ -135,7 +135,7 @@ def quartiles_of_extra(times, name):
 
 
 def rows(model, times):
-    """Yields the cells of each variant of a model."""
+    """Yields the table row of each variant of a model."""
     floor, bare = (statistics.median(times[name]["steps"]) for name in ("floor", "bare"))
     bare_first = times["bare"]["first"]
     for name, own in times.items():
@@ -150,7 +150,7 @@ def rows(model, times):
 
 
 def shares(times):
-    """Returns the quartiles of each variant's extra time, and the floor, over the bare step."""
+    """Returns quartiles of the extra time of each variant, and the floor, per bare step."""
     bare, floor = (statistics.median(times[name]["steps"]) for name in ("bare", "floor"))
     extra = {
         name: tuple(quartile / bare for quartile in quartiles_of_extra(times, name))
@@ -161,10 +161,10 @@ def shares(times):
 
 
 def repeat_in_processes(arguments, options):
-    """Runs this script in fresh processes, prints a table of their medians and draws it.
+    """Runs this script in fresh processes; prints a table of their medians and plots it.
 
     Returns:
-        A list of what `run_in_turns` returned in each process.
+        A list of the results of `run_in_turns` in each process.
     """
     runs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -189,13 +189,13 @@ def repeat_in_processes(arguments, options):
 
 
 def across(processes):
-    """Returns each variant's lowest, median and highest share of several processes."""
+    """Returns the lowest, median and highest share of each variant over processes."""
     middles = {name: [own[name][1] for own in processes] for name in processes[0]}
     return {name: (min(m), statistics.median(m), max(m)) for name, m in middles.items()}
 
 
 def first_calls(processes):
-    """Returns the median of each variant's first call, as a multiple of the bare one."""
+    """Returns the median first call of each variant relative to the bare one."""
     return {
         name: statistics.median(own[name]["first"] / own["bare"]["first"] for own in processes)
         for name in processes[0]
@@ -203,9 +203,9 @@ def first_calls(processes):
 
 
 def ratios(model, ranges, first):
-    """Yields the cells of each variant of a model: calls with it, as multiples of the bare one."""
+    """Yields the table row of each variant of a model, relative to the bare model."""
     for name, (low, middle, high) in ranges.items():
-        # The floor is no training step: its own time is told.
+        # The floor is not a training step: show its own time.
         begin = 0 if name == "floor" else 1
         cells = [f"{begin + share:.3f}" for share in (middle, low, high)]
         if name == "floor":

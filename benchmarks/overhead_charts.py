@@ -1,4 +1,4 @@
-"""Pictures of what averaging adds to a training step."""
+"""Plots of the overhead of averaging."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,39 +10,39 @@ GREY = "#999999"
 
 
 def draw_extra_time(path, models):
-    """Draws the extra time of each variant as a share of the bare step, a panel for each model.
+    """Plots the extra time of each variant relative to the bare step, a panel per model.
 
     Args:
-        path: Where to, a .png file.
-        models: Dict from a model to one from a variant, or `floor`, to a tuple
-            of the low end, the middle and the high end of its share.
+        path: Path of a .png file.
+        models: Dict from a model to a dict from each variant, and `floor`, to a
+            tuple of the low end, the middle and the high end of its share.
     """
     panels = {name: {k: v for k, v in own.items() if k != "floor"} for name, own in models.items()}
     figure, axes = _bars(panels)
     for panel, own in zip(axes, models.values(), strict=True):
         panel.axvline(own["floor"][1], color="black", linewidth=1, linestyle=":")
         panel.xaxis.set_major_formatter(PercentFormatter(1))
-        panel.set_xlabel("of the bare step")
+        panel.set_xlabel("relative to the bare step")
     title = "Extra time per training step, and the floor (dotted)"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=150)
 
 
 def draw_memory(path, panels, targets):
-    """Draws the memory that variants add, a panel for each kind of memory.
+    """Plots the memory that each variant adds, a panel per kind of memory.
 
     Args:
-        path: Where to, a .png file.
-        panels: Dict from a title to one from a variant to a tuple of the low
+        path: Path of a .png file.
+        panels: Dict from a title to a dict from a variant to a tuple of the low
             end, the middle and the high end, as multiples of the parameters'
             bytes.
-        targets: Numbers to draw a line at.
+        targets: Numbers, each drawn as a line.
     """
     figure, axes = _bars(panels, sharex=True)
     for panel in axes:
         for target in targets:
             panel.axvline(target, color="black", linewidth=1, linestyle=":")
-        panel.set_xlabel("of the parameters' bytes")
+        panel.set_xlabel("multiple of the parameters' bytes")
     title = "Memory beyond the bare model, and targets (dotted)"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=150)
@@ -59,7 +59,7 @@ def _bars(panels, sharex=False):
             ours = not name.startswith(("Keras", "host"))
             colour = COLOURS["average"] if ours else GREY
             panel.barh(row, middle, color=colour, height=0.65)
-            # A median of differences may lie outside of the ends of other differences.
+            # The difference of medians can lie outside the range of single differences.
             ends = [[max(0, middle - low)], [max(0, high - middle)]]
             panel.errorbar(middle, row, xerr=ends, color="black", linewidth=1, capsize=2)
         panel.set_title(title, loc="left", fontsize=10)
@@ -73,13 +73,13 @@ def _bars(panels, sharex=False):
 
 
 def draw_growth(path, extra, lines):
-    """Draws the extra time per step over the size of the model, with the line through it.
+    """Plots the extra time per step against the size of the model, with fitted lines.
 
     Args:
-        path: Where to, a .png file.
-        extra: Dict from what grows to one from sizes to quartiles of `extra` and
-            of `floor`, in seconds.
-        lines: Dict from what grows to one from `extra` and `floor` to slope,
+        path: Path of a .png file.
+        extra: Dict from what grows to a dict from a size to quartiles of `extra`
+            and of `floor`, in seconds.
+        lines: Dict from what grows to a dict from `extra` and `floor` to slope,
             standard error and intercept.
     """
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -1,18 +1,18 @@
-"""How the time that averaging adds to a step grows with the model.
+"""How the extra time of averaging scales with the size of the model.
 
     python benchmarks/overhead.py --growth
 
-Claim: no faster than the model, by a slope of 1.05 at most, on logarithmic scales,
-of the extra time per step against the number of parameters, in 8 variables, and
-against the number of variables of 32 x 32.
+Claim: at most linearly. On logarithmic scales, the slope of the extra time per step
+is at most 1.05, both against the number of parameters in 8 variables and against the
+number of variables of 32 x 32.
 
-The model is nearly all weights and no work: of each table of parameters its first row
-is taken, so that the gradient is zeros but for a row, and a bare step takes a few
-passes over memory, as for weights that are trained in earnest. Bare, wrapped, and the
-floor of `overhead.py` take turns in shuffled order. The slope is that of a straight
-line through the logarithms of the medians, by least squares, with its standard error.
-The floor's own slope may be above 1 where small models fit a cache and large do not;
-nothing that reads all weights escapes that.
+The model has many weights and little computation: it uses the first row of each table
+of parameters, so that the gradient is zero except for that row, and a bare step takes
+a few passes over memory, as in ordinary training. The bare model, the wrapped model
+and the floor of `overhead.py` alternate in shuffled order. The slope is that of a
+least-squares line through the logarithms of the medians, with its standard error. The
+slope of the floor itself can exceed 1, if small models fit into a cache and large
+ones do not; this affects everything that reads all weights.
 """
 
 import functools
@@ -29,16 +29,16 @@ from training_steps import prepare, prepare_floor, take_turns
 from polyak_model.cli.tables import format_table
 
 WIDTH = 32
-VARIABLES = 8  # Where the number of parameters grows.
+VARIABLES = 8  # While the number of parameters grows.
 TARGET = 1.05
 
 
 class Tables(layers.Layer):
-    """Several tables of weights, of each of which a call takes the first row.
+    """Several tables of weights; a call uses the first row of each.
 
     Args:
-        count: Int, how many.
-        rows: Int, of each.
+        count: Int, number of tables.
+        rows: Int, rows of each table.
         **kwargs: Keyword arguments of `keras.layers.Layer`.
     """
 
@@ -59,7 +59,7 @@ class Tables(layers.Layer):
 
 
 def make_tables(count, rows):
-    """Makes a model of tables alone."""
+    """Makes a model of tables only."""
     inputs = keras.Input((1,))
     return keras.Model(inputs, Tables(count, rows)(inputs))
 
@@ -72,11 +72,11 @@ def add_arguments(parser):
 
 
 def main(options):
-    """Times models that grow in two ways, prints a table and draws it.
+    """Times models that grow in two ways; prints a table and plots it.
 
     Returns:
-        A dict from `parameters` and `variables` to one from a size to what
-        `take_turns` returns.
+        A dict from `parameters` and `variables` to a dict from a size to the
+        result of `take_turns`.
     """
     shapes = {
         "parameters": {n: (VARIABLES, round(n / VARIABLES / WIDTH)) for n in options.parameters},
@@ -90,7 +90,7 @@ def main(options):
             keras.utils.clear_session()
     extra = {way: {n: quartiles(times) for n, times in own.items()} for way, own in results.items()}
     print(f"{'XLA' if options.jit else 'plain graph'}, {options.rounds} rounds, ms per step\n")
-    header = ["growing", "size", "bare", "floor", "extra", "extra of floor"]
+    header = ["growing", "size", "bare", "floor", "extra", "extra / floor"]
     print(format_table(header, [row for way in extra for row in rows(way, extra[way])]))
     print()
     lines = {way: fit_lines(own) for way, own in extra.items()}
@@ -101,7 +101,7 @@ def main(options):
 
 
 def measure(make, options):
-    """Times the bare model, the wrapped one and the floor in turns, per training step."""
+    """Times the bare model, the wrapped one and the floor in alternation, per training step."""
     k = options.steps_per_execution
     steps = {name: prepare(name, make, 1, options.jit, k) for name in ("bare", "PolyakModel")}
     steps["floor"] = prepare_floor(make().count_params())
@@ -112,7 +112,7 @@ def measure(make, options):
 
 
 def quartiles(times):
-    """Returns the quartiles of the bare step, of the floor and of the extra time, in seconds."""
+    """Returns quartiles of the bare step, the floor and the extra time, in seconds."""
     bare, wrapped, floor = (times[name]["steps"] for name in ("bare", "PolyakModel", "floor"))
     extra = [a - b for a, b in zip(wrapped, bare, strict=True)]
     samples = {"bare": bare, "floor": floor, "extra": extra}
@@ -120,7 +120,7 @@ def quartiles(times):
 
 
 def fit_lines(extra):
-    """Fits straight lines through the logarithms of medians over sizes.
+    """Fits lines to the logarithms of median times against sizes.
 
     Args:
         extra: Dict from sizes to the results of `quartiles`.
@@ -137,8 +137,8 @@ def fit_line(sizes, seconds):
 
     Args:
         sizes: List of at least three numbers.
-        seconds: List of as many. One that is not above 0, as a difference of
-            noise may be, has no logarithm, and leaves all results not a number.
+        seconds: List of as many numbers. If one is not positive, as a noisy
+            difference can be, all results are NaN.
 
     Returns:
         Tuple of the slope, its standard error and the intercept.
@@ -159,7 +159,7 @@ def fit_line(sizes, seconds):
 
 
 def rows(way, extra):
-    """Yields the cells of each size."""
+    """Yields the table row of each size."""
     for size, own in extra.items():
         middles = {name: quartile[1] for name, quartile in own.items()}
         low, _, high = own["extra"]

@@ -1,27 +1,27 @@
-"""What averaging adds to the memory of training.
+"""Memory overhead of averaging.
 
     python benchmarks/overhead.py --memory
 
 Claim: at most 1.05 times the parameters' bytes, at rest and at the peak of a step,
 and 2.05 times with `compensated=True`.
 
-Each variant trains in a process of its own, one after the other, since memory that a
-process has had it seldom gives back. After three steps, six more are measured. Two
-things are, each between steps (at rest) and at its highest within a step (peak):
+Each variant trains in a new process, one after the other, since a process seldom
+returns memory. After three steps, six more are measured, between steps (at rest) and
+at the maximum within a step (peak):
 
-- tensors: what TensorFlow's allocator says is in use. It hands out chunks from a pool
-  and counts whole chunks, which may be up to twice as large as what was asked for, so
-  that the same tensors may count more in one step than in another; those below
-  256 KiB it does not count (TensorFlow 2.21). Not every version of TensorFlow counts.
-- resident: the resident set of the process, as Linux tells it (`VmRSS`, and `VmHWM`
-  after writing 5 to `/proc/self/clear_refs`, which resets it). It includes what lives
-  in NumPy. Where TensorFlow has a pool, the pool keeps what it once had, so that the
-  resident set at rest is that at the peak of some earlier step.
+- tensors: the bytes in use according to TensorFlow's allocator. It allocates chunks
+  from a pool and counts whole chunks, which can be twice as large as requested, so the
+  same tensors can count more in one step than in another. It does not count chunks
+  below 256 KiB (TensorFlow 2.21). Not every version of TensorFlow counts.
+- resident: the resident set of the process according to Linux (`VmRSS`, and `VmHWM`
+  after a reset by writing 5 to `/proc/self/clear_refs`). It includes NumPy arrays. A
+  TensorFlow pool keeps its memory, so the resident set at rest is that at the peak of
+  some earlier step.
 
-The table shows medians over the steps, less those of the bare model, as multiples of
-the parameters' bytes, and half the range that differences between single steps span.
-For the bare model it shows what it has itself: its resident set includes Python,
-Keras and TensorFlow.
+The table shows medians over the steps minus those of the bare model, as multiples of
+the parameters' bytes, ± half the range of differences between single steps. For the
+bare model it shows the absolute value; its resident set includes Python, Keras and
+TensorFlow.
 """
 
 import json
@@ -42,10 +42,10 @@ TARGETS = (1.05, 2.05)
 
 
 def main(options):
-    """Measures all variants, each in a process of its own, prints a table and draws it.
+    """Measures each variant in a new process; prints a table and plots it.
 
     Returns:
-        A dict from a model to one from a variant to what `measure` returns.
+        A dict from a model to a dict from a variant to the result of `measure`.
     """
     results = {}
     for model in options.models:
@@ -56,7 +56,7 @@ def main(options):
             command = [sys.executable, __file__, json.dumps(settings)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[model][variant] = json.loads(output.splitlines()[-1])
-    print(f"{'XLA' if options.jit else 'plain graph'}, {STEPS} steps, of the parameters' bytes\n")
+    print(f"{'XLA' if options.jit else 'plain graph'}, {STEPS} steps, per parameter byte\n")
     cells = [row for model, own in results.items() for row in rows(model, own)]
     print(format_table(["model", "variant", *KINDS], cells, left=2))
     overhead_charts.draw_memory(options.plot, panels(results), TARGETS)
@@ -68,7 +68,7 @@ def measure(model, variant, jit, steps_per_execution):
 
     Returns:
         A dict from each of `KINDS` that can be measured here to a list of bytes,
-        an entry per step, and `parameters`, their bytes.
+        one per step, and from `parameters` to their bytes.
     """
     make, batch_size = MODELS[model]
     step = prepare(variant, make, batch_size, jit, steps_per_execution)
@@ -84,7 +84,7 @@ def measure(model, variant, jit, steps_per_execution):
 
 
 def reset_peaks():
-    """Forgets the highest memory so far."""
+    """Resets the peaks."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
     if tensors():
@@ -92,7 +92,7 @@ def reset_peaks():
 
 
 def resident():
-    """Returns the bytes of the resident set, now and at its highest."""
+    """Returns the current and the peak bytes of the resident set."""
     with open("/proc/self/status", encoding="ascii") as file:
         lines = dict(line.split(":", 1) for line in file)
     now, highest = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
@@ -100,7 +100,7 @@ def resident():
 
 
 def tensors():
-    """Returns the bytes of tensors, now and at their highest; nothing where no one counts them."""
+    """Returns the current and the peak bytes of tensors, or {} if TensorFlow does not count."""
     try:
         info = tf.config.experimental.get_memory_info("CPU:0")
     except ValueError:
@@ -112,8 +112,8 @@ def beyond(own, bare, kind):
     """Returns the lowest, the median and the highest difference to the bare model.
 
     Args:
-        own: What `measure` returned of a variant.
-        bare: What it returned of the bare model.
+        own: Result of `measure` for a variant.
+        bare: Result of `measure` for the bare model.
         kind: One of `KINDS`.
 
     Returns:
@@ -125,7 +125,7 @@ def beyond(own, bare, kind):
 
 
 def rows(model, results):
-    """Yields the cells of each variant of a model."""
+    """Yields the table row of each variant of a model."""
     bare = results["bare"]
     for variant, own in results.items():
         cells = []
@@ -141,7 +141,7 @@ def rows(model, results):
 
 
 def panels(results):
-    """Returns for each model and kind of memory what each variant has beyond the bare model."""
+    """Returns the overhead of each variant for each model and kind of memory."""
     found = {}
     for model, own in results.items():
         variants = {name: one for name, one in own.items() if name != "bare"}

@@ -1,28 +1,29 @@
-"""How precise an average is after 100,000 steps, against a computation in float64.
+"""Rounding error of an average after 100,000 steps, relative to float64.
 
     python benchmarks/precision.py
     python benchmarks/precision.py --every 100
 
-Claims: with `compensated=True` the relative error stays below 1e-7, the rounding
-of the result to float32 included, whether the raw weights keep moving or stop.
-Without, it stays below 2e-5 while they move; once they stop, a float32 average
-stalls short of them, by half a unit in its last place over the weight of a step.
-With `update_every=100` a step weighs a hundred times as much, and 2e-5 holds.
+Claims: with `compensated=True` the relative error stays below 1e-7, including the
+rounding of the result to float32, whether the raw weights keep moving or stop.
+Without it, the error stays below 2e-5 while they move. Once they stop, a float32
+average stalls before it reaches them, at a distance of half a unit in its last place
+divided by the weight of a step. With `update_every=100` the weight of a step is about
+a hundred times as large, and the error stays below 2e-5.
 
-The raw weights are those of SGD on a noisy quadratic: noise around a value. They
-move all the time, or only for the first fifth, after which the learning rate is
-0. Keras's SGD takes the steps and keeps its own average, `use_ema=True`, of the
-formula `momentum * average + (1 - momentum) * w`. The relative error is
-max|average - exact| / max|exact| over all weights of a run: exact is the weighted
-sum of the iterates in float64, with the decay that was asked for (for Keras, the
-sum that its formula stands for, which begins with the first iterate).
+The raw weights are those of SGD on a noisy quadratic: a value plus noise. They move
+throughout, or only for the first fifth, after which the learning rate is 0. Keras's
+SGD takes the steps and keeps its own average with `use_ema=True`, by the formula
+`momentum * average + (1 - momentum) * w`. The relative error is
+max|average - exact| / max|exact| over all weights of a run, where exact is the
+weighted sum of the iterates in float64 with the specified decay (for Keras, the sum
+that its formula defines, which starts from the first iterate).
 
-Theory, next to the measurement: each step rounds the average by half a unit in
-the last place at most, and later steps keep `1 - c` of that. Errors that all
-point the same way add up to `half a unit * sum(kept)`, for a constant weight
-`half a unit / c`. That is where an average stalls: a step `c * (w - average)`
-below half a unit changes nothing. Roundings that are independent of each other add
-up like a random walk, to a deviation of `unit * sqrt(sum(kept**2) / 12)`.
+Theory, next to the measurement: each step rounds the average by at most half a unit
+in the last place, and later steps keep `1 - c` of that error. Errors of the same sign
+add up to `half a unit * sum(kept)`, for a constant weight `half a unit / c`. There the
+average stalls: a step `c * (w - average)` below half a unit changes nothing.
+Independent rounding errors add up like a random walk, to a standard deviation of
+`unit * sqrt(sum(kept**2) / 12)`.
 
 Source: Higham 2002, Accuracy and stability of numerical algorithms, chapter 4;
 Kahan 1965, Further remarks on reducing truncation errors.
@@ -51,9 +52,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--decays", type=float, nargs="+", default=[0.999, 0.9999, 0.99999, 1.0])
-    parser.add_argument("--every", type=int, default=1, help="the `update_every` of the rules")
-    parser.add_argument("--weights", type=int, default=200, help="of each run")
-    parser.add_argument("--runs", type=int, default=5, help="independent ones, side by side")
+    parser.add_argument("--every", type=int, default=1, help="`update_every` of the rules")
+    parser.add_argument("--weights", type=int, default=200, help="weights per run")
+    parser.add_argument("--runs", type=int, default=5, help="independent runs, computed together")
     parser.add_argument("--graph", action="store_true", help="without XLA")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="precision.png")
@@ -67,8 +68,8 @@ def main(arguments=None):
     print(
         f"{options.steps:,} steps, update_every={options.every}, {options.runs} runs of "
         f"{options.weights:,} weights, {'graph' if options.graph else 'XLA'}, seed {options.seed}."
-        "\nRelative error in the maximum norm: mean and deviation over the runs at the end, and "
-        "the largest on the way.\n"
+        "\nRelative error in the maximum norm: mean ± standard deviation over the runs at the "
+        "end, and the largest at any step.\n"
     )
     print(format_results(results))
     draw(options.plot, results)
@@ -80,7 +81,7 @@ def name_of(decay):
 
 
 def measure(decay, regime, options):
-    """Averages the raw weights of some runs by every method.
+    """Averages the raw weights of several runs with each method.
 
     Args:
         decay: Float, 1 for the uniform mean.
@@ -88,9 +89,9 @@ def measure(decay, regime, options):
         options: The parsed arguments.
 
     Returns:
-        A dict: `steps`, at which errors were taken; `errors`, by method an array
-        with a row for each of these and a column for each run; and what theory
-        expects at the end, `random` and `bound`.
+        A dict: `steps`, at which errors were measured; `errors`, for each method an
+        array with a row per measured step and a column per run; and the predictions
+        for the end, `random` and `bound`.
     """
     every = options.every
     if decay == 1:
@@ -144,27 +145,27 @@ def measure(decay, regime, options):
 
 
 def relative_error(average, exact):
-    """Returns max|average - exact| / max|exact| of each run."""
+    """Returns max|average - exact| / max|exact| for each run."""
     return np.abs(average - exact).max(axis=0) / np.abs(exact).max(axis=0)
 
 
 def expect(rule, steps, exact, generator):
-    """Returns what theory says of a float32 average after some steps.
+    """Predicts the rounding error of a float32 average.
 
     Args:
         rule: A `Rule`.
         steps: Int.
-        exact: The average in float64, a column for each run.
+        exact: The average in float64, a column per run.
         generator: A NumPy generator.
 
     Returns:
-        A dict: `random`, the median error where roundings are independent, and
-        `bound`, where all of them are the largest possible and point the same
-        way. Both are relative, an array with an entry for each run.
+        A dict: `random`, the median error if rounding errors are independent, and
+        `bound`, the error if all are as large as possible and of the same sign.
+        Both are relative, arrays with an entry per run.
     """
     every = rule.update_every
     kept = 1 - rule.weight(np.arange(2 * every, steps + 1, every), every)
-    # Of the rounding at a step, all later steps keep their part.
+    # Every later step keeps `1 - weight` of the rounding error of a step.
     kept = np.append(np.cumprod(kept[::-1])[::-1][1:], 1.0)
     unit = np.spacing(np.abs(exact).astype("float32")).astype("float64")
     deviation = unit * np.sqrt((kept**2).sum() / 12)
@@ -177,14 +178,14 @@ def expect(rule, steps, exact, generator):
 
 
 def format_results(results):
-    """Writes a table with a row for each regime, decay and method."""
-    header = ["raw weights", "average", "method", "error at the end", "largest"]
+    """Formats a table with a row per regime, decay and method."""
+    header = ["raw weights", "average", "method", "final error", "largest"]
     rows = []
     for (regime, decay), result in results.items():
         for method, errors in result["errors"].items():
             end = f"{errors[-1].mean():.1e} ± {errors[-1].std(ddof=1):.0e}"
             measured = [end, f"{errors.max():.1e}"]
-            # Theory is that of one float32 number, moved by `weight * (w - average)`.
+            # The theory is for one float32 number updated by `weight * (w - average)`.
             theory = [f"{result[name].mean():.1e}" for name in ("random", "bound")]
             expected = theory if method == "float32" else ["", ""]
             rows.append([regime, name_of(decay), method, *measured, *expected])
@@ -192,7 +193,7 @@ def format_results(results):
 
 
 def draw(path, results):
-    """Draws the relative error over the steps, a panel for each regime and average."""
+    """Plots the relative error against the step, a panel per regime and average."""
     from matplotlib.figure import Figure
 
     decays = list(dict.fromkeys(decay for _, decay in results))
@@ -202,7 +203,7 @@ def draw(path, results):
         for panel, decay in zip(row, decays, strict=True):
             result = results[regime, decay]
             for method, errors in result["errors"].items():
-                # A first average is exact, which a logarithm cannot show.
+                # The first average is exact; log(0) cannot be plotted.
                 mean = np.where(errors.mean(axis=1) > 0, errors.mean(axis=1), np.nan)
                 panel.loglog(result["steps"], mean, color=COLOURS[method], label=method)
             for target in (1e-7, 2e-5):

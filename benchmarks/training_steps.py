@@ -1,4 +1,4 @@
-"""Training steps to be timed: models, ways to average beside them, and turns."""
+"""Training steps to time: models, variants of averaging, and alternation."""
 
 import os
 import time
@@ -17,19 +17,19 @@ ROUTES = ("average", "raw", "ensemble")
 
 
 def make_mlp(width, depth=7, inputs=784):
-    """Makes a dense net; with a width of 1,226 and 8 matrices, ten million parameters."""
+    """Makes a dense net; width 1,226 with 8 matrices has ten million parameters."""
     hidden = [layers.Dense(width, activation="relu", use_bias=False) for _ in range(depth)]
     return keras.Sequential([keras.Input((inputs,)), *hidden, layers.Dense(10, use_bias=False)])
 
 
 def make_narrow():
-    """Makes 150 dense layers of width 32 and one more: 302 small variables."""
+    """Makes 151 dense layers, 150 of width 32, with 302 small variables."""
     hidden = [layers.Dense(32, activation="relu") for _ in range(150)]
     return keras.Sequential([keras.Input((32,)), *hidden, layers.Dense(10)])
 
 
 def make_transformer(width=128, blocks=4, words=1000, length=64):
-    """Makes a small transformer over words."""
+    """Makes a small transformer encoder on token ids."""
     inputs = keras.Input((length,), dtype="int32")
     x = layers.Embedding(words, width)(inputs)
     for _ in range(blocks):
@@ -39,13 +39,13 @@ def make_transformer(width=128, blocks=4, words=1000, length=64):
 
 
 def make_efficientnet():
-    """Makes EfficientNetB0, 314 weights, untrained."""
+    """Makes an untrained EfficientNetB0 with 314 weights."""
     return keras.applications.EfficientNetB0(
         weights=None, input_shape=(32, 32, 3), classes=10, classifier_activation=None
     )
 
 
-# Name: how to make it, and the size of a batch.
+# Name: function that makes the model, batch size.
 MODELS = {
     "tiny": (lambda: make_mlp(16, depth=1), 32),
     "narrow": (make_narrow, 8),
@@ -57,7 +57,7 @@ MODELS = {
 
 
 class HostAverage:
-    """The callback that people paste: the average is a list of NumPy arrays."""
+    """The common hand-written callback: the average is a list of NumPy arrays."""
 
     def __init__(self, model):
         self.model = model
@@ -81,7 +81,7 @@ def keras_ema(make, compile_model):
 
 
 def wrapped(average=DECAY, **kwargs):
-    """Returns a variant: the model wrapped with these arguments."""
+    """Returns a variant that wraps the model with these arguments."""
 
     def build(make, compile_model):
         model = PolyakModel(make(), average, **kwargs)
@@ -104,23 +104,23 @@ VARIANTS = {
 
 
 def take_turns(steps, rounds, seed):
-    """Times functions in turns, in an order that is shuffled in every round.
+    """Times functions in alternation, in an order shuffled in each round.
 
-    Who always came after the same one would always find its cache: after the
-    floor, which empties it, a tiny step takes 3 % longer.
+    In a fixed order, a function would always find the cache left by the same
+    predecessor: after the floor, which evicts it, a tiny step takes 3 % longer.
 
     Args:
         steps: Dict from names to functions without arguments.
-        rounds: Int, how often each is called after its first two calls.
-        seed: Int, of the order.
+        rounds: Int, calls of each function after its first two.
+        seed: Int, seed of the order.
 
     Returns:
-        A dict from a name to `first`, the seconds of the first call, and
-        `steps`, a list of seconds.
+        A dict from a name to a dict of `first`, the seconds of the first call,
+        and `steps`, a list of seconds.
     """
     times = {name: {"first": timed(step), "steps": []} for name, step in steps.items()}
     for step in steps.values():
-        timed(step)  # The second one may still allocate.
+        timed(step)  # The second call may still allocate.
     names, generator = list(steps), np.random.default_rng(seed)
     for _ in range(rounds):
         for i in generator.permutation(len(names)):
@@ -129,22 +129,21 @@ def take_turns(steps, rounds, seed):
 
 
 def timed(step):
-    """Returns how many seconds a call takes."""
+    """Returns the seconds that a call takes."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
 
 
 def prepare(name, make, batch_size, jit, steps_per_execution=1):
-    """Returns a function that takes training steps, as `fit` does, and waits for them.
+    """Returns a function that runs training steps as `fit` does and waits for them.
 
     Args:
         name: One of `VARIANTS`.
         make: `() -> keras.Model`.
         batch_size: Int.
         jit: Bool. Whether to compile with XLA.
-        steps_per_execution: Int, how many training steps a call takes. Defaults
-            to 1.
+        steps_per_execution: Int, training steps per call. Defaults to 1.
     """
     keras.utils.set_random_seed(0)
 
@@ -158,7 +157,7 @@ def prepare(name, make, batch_size, jit, steps_per_execution=1):
 
     model = VARIANTS[name](make, compile_model)
     after = HostAverage(model) if name == "host callback" else lambda: None
-    # An inner model's input, since a wrapper tells its own only once it is called.
+    # The input of the inner model, since a wrapper has none before it is called.
     specification = getattr(model, "raw_model", model).inputs[0]
     generator = np.random.default_rng(0)
     draw = generator.random((batch_size, *specification.shape[1:]))

@@ -5,7 +5,8 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted(pathlib.Path(__file__).parents[1].glob("notebooks/*.ipynb"))
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -17,13 +18,14 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_notebooks():
-    assert "01_quickstart" in [path.stem for path in NOTEBOOKS]
+def test_the_readme_links_to_every_notebook():
+    linked = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text("utf-8"))
+    assert linked == [path.stem for path in NOTEBOOKS]
 
 
 @pytest.mark.slow
-def test_a_notebook_runs_without_error_and_leaves_no_file(notebook, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[1]))
+def test_a_notebook_runs_without_error_and_leaves_no_files(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     nbclient.NotebookClient(
         notebook,
         timeout=300,
@@ -33,17 +35,17 @@ def test_a_notebook_runs_without_error_and_leaves_no_file(notebook, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_notebook_is_stored_as_run_once_from_top_to_bottom(notebook):
+def test_a_notebook_is_committed_as_run_once_from_top_to_bottom(notebook):
     counts = [cell.execution_count for cell in code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
 
 
-def test_a_notebook_is_stored_with_a_picture(notebook):
+def test_a_notebook_is_committed_with_a_plot(notebook):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_a_stored_notebook_shows_nothing_of_the_machine_it_ran_on(notebook):
+def test_a_committed_notebook_contains_no_warnings_and_no_absolute_paths(notebook):
     for cell in code_cells(notebook):
         for output in cell.outputs:
             assert output.output_type != "error"

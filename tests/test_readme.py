@@ -8,61 +8,72 @@ import pytest
 
 from polyak_model import ExponentialAverage, PolynomialAverage, PowerAverage, UniformAverage
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 (COMMANDS,) = re.findall(r"<!-- file commands -->\n```bash\n(.*?)```", TEXT, flags=re.DOTALL)
+SCRIPT = "\n".join(
+    [
+        *BLOCKS,
+        'assert "val_raw_loss" in history',
+        'assert "val_ensemble_mae" in history',
+        'print("all ran")',
+    ]
+)
 
 
-CHECKS = """
-assert "val_raw_loss" in history
-assert "val_ensemble_mae" in history
-print("all ran")
-"""
-
-
-@pytest.mark.slow
-def test_every_python_block_runs_after_those_before_it_and_then_the_commands(tmp_path):
-    assert len(BLOCKS) >= 4
-    script = "\n".join([*BLOCKS, CHECKS])
-    # In a process of its own: its strategy would get into the way of those of other tests.
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("all ran")
-    assert (tmp_path / "average.keras").exists()
-    assert (tmp_path / "teacher.keras").exists()
+def run(command, folder):
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-ec", COMMANDS],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": path},
+        command,
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for output in re.findall(r"-o (\S+)", COMMANDS):
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_python_blocks_run_in_order_and_then_the_file_commands(tmp_path):
+    assert len(BLOCKS) >= 4
+    assert run([sys.executable, "-c", SCRIPT], tmp_path).strip().endswith("all ran")
+    assert (tmp_path / "average.keras").exists()
+    run(["bash", "-ec", COMMANDS], tmp_path)
+    outputs = re.findall(r"-o (\S+)", COMMANDS)
+    assert len(outputs) >= 4
+    for output in outputs:
         assert (tmp_path / output).exists()
 
 
-def test_runnable_code_stands_before_line_35():
-    assert TEXT.splitlines().index("```python") < 34
+def test_it_has_at_most_150_lines_and_code_to_run_within_the_first_34():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 150
+    assert lines.index("```python") < 34
 
 
-def test_ci_runs_the_test_command_of_the_readme():
+def test_ci_runs_the_test_command():
     command = r"/^<!-- test command -->$/,/^```$/{/^<!--/d;/^```/d;p}"
-    root = README.parent
-    assert command in (root / ".ci" / "run").read_text(encoding="utf-8")
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     found = subprocess.run(
         ["sed", "-n", command, str(README)], capture_output=True, text=True, check=True
     )
     assert found.stdout.splitlines() == ['pip install -e ".[test]" && python -m pytest']
 
 
-def test_the_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert (README.parent / target).exists(), target
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_relative_links_lead_to_files(name):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_benchmarks_and_tests_named_in_the_documents_exist():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\b(?:benchmarks|notebooks|tests)/[\w/]+\.\w+", text):
+            assert (ROOT / target).exists(), target
 
 
 WEIGHTS = {
@@ -79,7 +90,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("formula", WEIGHTS)
-def test_the_weights_in_the_table_of_rules_are_those_of_the_rules(formula):
+def test_weights_in_the_table_of_rules_are_those_of_the_rules(formula):
     rule, weight = WEIGHTS[formula]
     (row,) = [line for line in TEXT.splitlines() if f"| {formula} |" in line]
     assert type(rule).__name__ in row

@@ -1,15 +1,15 @@
-"""Which statistics of BatchNormalization fit a uniform average of the weights.
+"""BatchNormalization statistics for a uniform average of the weights: copied, averaged, refreshed.
 
-Claim: a uniform average at a large, constant learning rate needs its statistics
-refreshed. Averaged ones (`non_trainable="average"`) belong to activations that no
-single net has; copied ones (`"copy"`) belong to the last iterate's.
+Claim: at a large, constant learning rate, the statistics of a uniform average should
+be refreshed. Averaged statistics (`non_trainable="average"`) match the activations of
+no single net; copied ones (`"copy"`) match those of the last iterate.
 
     python benchmarks/science/batch_normalization.py
 
-One net (784-256-128-10, BatchNormalization, SGD without momentum) is trained on
-4,000 digits, and its uniform average from the first step on is scored on 1,000
-others with each kind of statistics, over paired seeds. The smaller the batch, the
-larger the noise of the iterates, and the further they are from their average.
+A net (784-256-128-10, BatchNormalization, SGD without momentum) is trained on 4,000
+digits. Its uniform average over all steps is scored on 1,000 others with each kind of
+statistics, over paired seeds. The smaller the batch, the noisier the iterates and the
+further they are from their average.
 
 Source: Izmailov et al. 2018, Averaging weights leads to wider optima, section 3.2.
 """
@@ -62,7 +62,7 @@ def build_model(rate, seed):
 
 
 def score(seed, batch_size, options):
-    """Trains, and scores the average with each kind of statistics, and the raw model.
+    """Trains a net; scores the average with each kind of statistics, and the raw model.
 
     Returns:
         A list of shape (statistics, metrics).
@@ -82,7 +82,7 @@ def score(seed, batch_size, options):
 
 
 def copy_statistics(raw, average):
-    """Does what `non_trainable="copy"` has done by the end: the statistics are the raw model's."""
+    """Copies the statistics of the raw model, as `non_trainable="copy"` does at each step."""
     for layer, copy in zip(raw.layers, average.layers, strict=True):
         if isinstance(layer, layers.BatchNormalization):
             copy.moving_mean.assign(layer.moving_mean)
@@ -90,7 +90,7 @@ def copy_statistics(raw, average):
 
 
 def rows(scores):
-    """Yields the cells of the table, with paired differences in accuracy and their errors."""
+    """Yields the table rows, with paired differences in accuracy and their errors."""
     for size, of_seeds in scores.items():
         of_seeds = np.array(of_seeds)
         for name, own in zip(STATISTICS, of_seeds.swapaxes(0, 1), strict=True):
@@ -100,7 +100,7 @@ def rows(scores):
 
 
 def draw(scores, path):
-    """Draws the accuracy over the batch size, with standard errors."""
+    """Plots accuracy against batch size, with standard errors."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     mean, error = zip(

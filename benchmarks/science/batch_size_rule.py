@@ -1,27 +1,28 @@
-"""Which decay suits a batch that is kappa times as large: decay**kappa, tested.
+"""Tests decay**kappa as the decay for a batch that is kappa times as large.
 
     python benchmarks/science/batch_size_rule.py
 
-With a batch kappa times as large, the learning rate scaled by kappa (the linear
-scaling rule), `rescale_decay(decay, kappa)` = decay**kappa keeps the average what it
-was as a function of the examples seen (Busbridge et al. 2023, How to scale your EMA,
+With a batch kappa times as large and the learning rate scaled by kappa (the linear
+scaling rule), `rescale_decay(decay, kappa)` = decay**kappa keeps the average the same
+function of the number of examples seen (Busbridge et al. 2023, How to scale your EMA,
 definition 1.2). Two statements, of which the first is exact:
 
-1. Memory. What kappa small steps count together in the average equals what the one
-   large step in their place counts, at any time, debiased or not. So the half-life
-   in examples is the same; and `ExponentialAverage(decay, update_every=kappa)` is the
+1. Memory. The total share of kappa small steps in the average equals the share of the
+   one large step that replaces them, at any time, debiased or not. So the half-life in
+   examples is the same, and `ExponentialAverage(decay, update_every=kappa)` is the
    average with decay**kappa of every kappa-th iterate.
 
 2. Dynamics. On a quadratic of curvature lambda, with the same examples in the same
    order, the averages agree up to an error proportional to kappa * gamma * lambda, for
-   two reasons. The linear scaling of the learning rate is itself approximate,
-   1 - kappa * gamma * lambda against (1 - gamma * lambda)**kappa; and the average sees
-   of each kappa small steps only where they end, as one with `update_every=kappa` of
-   the small batch does, which is in the table to tell the two apart. The second makes
-   most of the difference of the means, but none of first order once stationary.
+   two reasons. Linear scaling of the learning rate is itself approximate,
+   1 - kappa * gamma * lambda instead of (1 - gamma * lambda)**kappa. And of each kappa
+   small steps the average includes only the last iterate. `update_every=kappa` with the
+   small batch has only the second error; the table includes it to separate the two.
+   The second error causes most of the difference of the means, but has no first-order
+   effect on the stationary state.
 
-Against it stands the same large batch with the decay kept: its half-life in examples
-is kappa times as long, so that the average lags kappa times as far behind.
+For comparison, the same large batch with an unchanged decay: its half-life in examples
+is kappa times as long, so the average lags kappa times as far behind.
 """
 
 import argparse
@@ -43,12 +44,12 @@ RATES = (0.02, 0.01, 0.005, 0.0025, 0.00125)
 
 
 def memory_difference(decay, ratio, steps, debias=True):
-    """Returns the largest difference between the two memories, relative to the largest share.
+    """Returns the largest difference between the two sets of shares, relative to the largest share.
 
     Args:
-        decay: Float, for the small batch.
+        decay: Float, decay for the small batch.
         ratio: Int, kappa.
-        steps: Int, of the large batch.
+        steps: Int, steps with the large batch.
         debias: Bool, as in `ExponentialAverage`.
     """
     small = shares(ExponentialAverage(decay, debias), steps * ratio)
@@ -58,12 +59,12 @@ def memory_difference(decay, ratio, steps, debias=True):
 
 
 def half_life(decay, batch_ratio):
-    """Returns the half-life in examples, where a small batch is one example."""
+    """Returns the half-life in examples; a small batch is one example."""
     return batch_ratio * math.log(0.5) / math.log(decay)
 
 
 def rare_difference(decay, ratio, steps, seed):
-    """Returns the largest difference of rescaled decay and `update_every` on a random walk."""
+    """Returns the largest difference between rescaled decay and `update_every` on a random walk."""
     walk = np.random.default_rng(seed).normal(size=(steps * ratio, 8)).cumsum(axis=0)
     rare = ExponentialAverage(decay, update_every=ratio)
     *_, (_, _, (one,)) = follow(walk, rare)
@@ -77,18 +78,18 @@ def get_rescaled(decay, ratio):
 
 
 def follow(path, rule):
-    """Yields what `trajectories` does, for iterates that are given."""
+    """Yields what `trajectories` yields, for given iterates."""
     path = tf.constant(path)
     steps = len(path)
     return trajectories(lambda _, t: path[t - 1], np.zeros(path.shape[1]), [rule], steps, steps)
 
 
 def simulate(noise, ratio, rules, every):
-    """Returns averages of each chain after every so many examples.
+    """Returns the averages of each chain at regular numbers of examples.
 
     Args:
-        noise: Array (examples, chains), where the loss of each example is least.
-        ratio: Int, how many examples are in a batch.
+        noise: Array (examples, chains), the minimum of the loss of each example.
+        ratio: Int, examples per batch.
         rules: List of rules.
         every: Int, examples between two reports.
 
@@ -103,13 +104,13 @@ def simulate(noise, ratio, rules, every):
         rules,
         examples // ratio,
         every // ratio,
-        f"{ratio} examples at once",
+        f"{ratio} examples per batch",
     )
     return np.stack([averages for _, _, averages in reports], axis=1)
 
 
 def simulate_all(noise, every):
-    """Returns the averages of the small batch, and a list of (variant, its averages)."""
+    """Returns the averages of the small batch and a list of (variant, its averages)."""
     rare = [ExponentialAverage(DECAY, update_every=ratio) for ratio in RATIOS]
     base, *rares = simulate(noise, 1, [ExponentialAverage(DECAY), *rare], every)
     simulated = []
@@ -142,12 +143,12 @@ def memory_rows():
 
 
 def dynamics_row(variant, averages, base, every):
-    """Returns a row of the second table: statement 2, by theory and measured.
+    """Returns a row of the second table: statement 2, predicted and measured.
 
     Args:
         variant: A `Variant`.
-        averages: Array (reports, chains), of this variant.
-        base: The same of the small batch.
+        averages: Array (reports, chains), averages of this variant.
+        base: The same for the small batch.
         every: Int, examples between two reports.
     """
     reports, chains = base.shape
@@ -175,7 +176,7 @@ def dynamics_row(variant, averages, base, every):
 
 
 def order_rows(ratio):
-    """Returns the rows of the third table: the error of statement 2 over the rate."""
+    """Returns the rows of the third table: the error of statement 2 as a function of the rate."""
     rows = []
     for name in ("update_every", "rescaled", "kept"):
         for rate in RATES:
@@ -189,10 +190,10 @@ def order_rows(ratio):
 
 
 def draw(path, simulated, every):
-    """Draws mean and variance of the average over the examples seen.
+    """Plots mean and variance of the average against the number of examples seen.
 
     Args:
-        path: Where to, a .png file.
+        path: Path of a .png file.
         simulated: List of tuples of a `Variant` and its averages.
         every: Int, examples between two reports.
     """
@@ -206,7 +207,7 @@ def draw(path, simulated, every):
         seen = variant.ratio * np.arange(1, len(exact[0]) + 1)
         measured = averages.mean(axis=1), averages.var(axis=1, ddof=1)
         for panel, line, dots in zip(panels, exact, measured, strict=True):
-            panel.plot(seen, line, color=colour, label=f"{variant.ratio} at once, {variant.name}")
+            panel.plot(seen, line, color=colour, label=f"batch of {variant.ratio}, {variant.name}")
             panel.plot(reports, dots, color=colour, marker="o", markersize=3, linestyle="")
     for panel, title in zip(panels, ("Mean", "Variance"), strict=True):
         style(panel, f"{title} of the average", "examples seen")
@@ -223,30 +224,30 @@ def main():
     parser.add_argument("--plot", type=pathlib.Path, default="batch_size_rule.png")
     options = parser.parse_args()
     print(f"1. Memory, exact: decay {DECAY}, differences relative to the largest\n")
-    header = ["kappa", "decay**kappa", "half-life, 1 at once", "rescaled", "kept"]
-    header += ["memory differs by", "without debias", "update_every differs by"]
+    header = ["kappa", "decay**kappa", "half-life, batch of 1", "rescaled", "kept"]
+    header += ["memory difference", "without debias", "update_every difference"]
     print(format_table(header, memory_rows(), left=0))
 
     every = 256
     noise = np.random.default_rng(options.seed).normal(size=(options.examples, options.chains))
     base, simulated = simulate_all(noise, every)
     print(
-        f"\n2. Dynamics, approximate: gamma lambda {RATE}, decay {DECAY}, from 1 down to 0, "
-        "against the small batch at the same examples, ± one standard error\n"
+        f"\n2. Dynamics, approximate: gamma lambda {RATE}, decay {DECAY}, start 1, minimum 0, "
+        "compared with the small batch at the same examples, ± one standard error\n"
     )
-    header = ["decay", "kappa", "mean differs by", "measured", "mean at the end"]
-    header += ["variance ratio", "measured", "paths differ by, in sd"]
+    header = ["decay", "kappa", "mean difference", "measured", "final mean"]
+    header += ["variance ratio", "measured", "path difference, sd"]
     print(format_table(header, [dynamics_row(*pair, base, every) for pair in simulated]))
     print(
-        "\nThe error of 2 is of first order: kappa 8, memory of the average five times the "
-        "iterate's; largest differences of the means and of the variances, where averaging "
-        "begins, that of the last variances, and the same over kappa gamma lambda\n"
+        "\nThe error of 2 is of first order: kappa 8, memory of the average five times that of "
+        "the iterate; largest differences of the means and of the variances from the start, "
+        "difference of the final variances, and the same divided by kappa gamma lambda\n"
     )
-    header = ["decay", "kappa gamma lambda", "mean", "variance", "last"]
-    header += ["mean /", "variance /", "last /"]
+    header = ["decay", "kappa gamma lambda", "mean", "variance", "final"]
+    header += ["mean /", "variance /", "final /"]
     print(format_table(header, order_rows(8)))
-    draw(options.plot, [(Variant("decay as it is", 1, DECAY), base), *simulated[-2:]], every)
-    print(f"\nWrote {options.plot}")
+    draw(options.plot, [(Variant("decay unchanged", 1, DECAY), base), *simulated[-2:]], every)
+    print(f"\nWritten: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The same quadratic, trained on the same examples with small or with large batches.
+"""A quadratic trained on the same examples with small or with large batches.
 
-Mean and variance of the average, solved for exactly. A small batch is one example,
-whose noise has variance 1; time is counted in examples.
+Mean and variance of the average are computed exactly. A small batch is one example,
+whose noise has variance 1. Time is measured in examples.
 """
 
 from dataclasses import dataclass
@@ -13,31 +13,31 @@ from polyak_model import ExponentialAverage, rescale_decay
 
 
 def large_batch(rate, ratio):
-    """Returns a and the variance q of the step w -> a * w + noise with a large batch.
+    """Returns a and the noise variance q of the step w -> a * w + noise with a large batch.
 
     Args:
-        rate: Float, gamma * lambda of the small batch, which is one example.
+        rate: Float, gamma * lambda of the small batch.
         ratio: Int, kappa.
     """
     return 1 - rate * ratio, rate**2 * ratio
 
 
 def small_steps(rate, ratio):
-    """Returns the same of `ratio` small steps together."""
+    """Returns the same for `ratio` small steps combined."""
     a = (1 - rate) ** ratio
     return a, rate**2 * (1 - a**2) / (1 - (1 - rate) ** 2)
 
 
 def profile(a, q, decay, steps):
-    """Solves for the mean and the variance of the average after each step.
+    """Computes the mean and the variance of the average after each step.
 
-    The iterate starts at 1 and follows w -> a * w + noise of variance q; the
-    average, debiased, has no share in the start.
+    The iterate starts at 1 and follows w -> a * w + noise of variance q. The
+    debiased average does not include the start.
 
     Args:
         a: Float.
         q: Float.
-        decay: Float, of the average.
+        decay: Float, decay of the average.
         steps: Int.
 
     Returns:
@@ -60,12 +60,12 @@ def profile(a, q, decay, steps):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to average a training on the same examples, to compare with the small batch's.
+    """A way to train and average on the same examples, to compare with the small batch.
 
     Attributes:
         name: String.
-        ratio: Int, how many examples pass between two moves of the average.
-        decay: Float, of the average for one such move.
+        ratio: Int, examples between two updates of the average.
+        decay: Float, decay of the average per update.
         dynamics: `large_batch` or `small_steps`.
     """
 
@@ -75,7 +75,7 @@ class Variant:
     dynamics: object = large_batch
 
     def profile(self, rate, examples):
-        """Returns mean and variance of the average after each of its moves."""
+        """Returns mean and variance of the average after each of its updates."""
         return profile(*self.dynamics(rate, self.ratio), self.decay, examples // self.ratio)
 
 
@@ -90,18 +90,18 @@ def variants(decay, ratio):
 
 
 def profile_differences(variant, rate, decay, examples):
-    """Compares mean and variance with those of the small batch at the same examples.
+    """Compares mean and variance with those of the small batch at the same number of examples.
 
     Args:
         variant: A `Variant`.
         rate: Float, gamma * lambda of the small batch.
-        decay: Float, of the small batch.
+        decay: Float, decay for the small batch.
         examples: Int.
 
     Returns:
-        Three floats: the largest difference of the means, the start being 1; the
-        largest of the variances, relative to the largest variance; and that of
-        the last variances, relative to the last.
+        Three floats: the largest difference of the means, with a start of 1; the
+        largest difference of the variances relative to the largest variance; and
+        the difference of the final variances relative to the final one.
     """
     at = slice(variant.ratio - 1, None, variant.ratio)
     mean, variance = (p[at] for p in Variant("small", 1, decay).profile(rate, examples))

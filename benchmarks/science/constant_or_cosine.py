@@ -1,19 +1,21 @@
-"""Does it pay to be simple: a constant learning rate and an average, or a cosine and no average?
+"""Constant learning rate with an average, compared with a cosine without one.
 
     python benchmarks/science/constant_or_cosine.py
 
-Claim to test: the average of a run at a constant rate does what decaying the rate
-does, and does it at every budget of epochs with one run, where each cosine needs
-to know its budget beforehand. Who wins depends on the peak rate and on the budget.
+Claim to test: the average of a run at a constant rate replaces decaying the rate, and
+one run serves every budget of epochs, while each cosine needs its budget in advance.
+Which is better depends on the peak rate and on the budget.
 
-A dense net (784-256-128-10, SGD with momentum) learns 3,200 images of MNIST; 800
-choose the best peak rate of each method, budget and metric, by the mean over the
-seeds; 1,000 others are held out for the scores shown. The memories of the averages
-are not tuned: a half-life of one epoch, and the power-function average as it comes.
-All runs of a seed share the split, the initial weights and the order; differences
-are within a seed, and their standard errors are over the seeds. With
-`--random-labels 0.4` a share of the labels learned is random, those held out are
-true; the 800 are then as noisy as the 3,200.
+A dense net (784-256-128-10, SGD with momentum) is trained on 3,200 MNIST images. 800
+others select the best peak rate for each method, budget and metric, by the mean over
+the seeds, and 1,000 others give the scores shown. The memories of the averages are not
+tuned: a half-life of one epoch, and the default power-function average. All runs of a
+seed share the split, the initial weights and the order. Differences are within a seed,
+and their standard errors are over the seeds.
+
+With `--random-labels 0.4` a fraction of the training labels is random; held-out labels
+are true, and the 800 are as noisy as the 3,200. Compare accuracy only: under label noise
+all methods are under-confident, and the likelihood on true labels mostly measures that.
 
 Source: Sandler et al. 2023, Training trajectories, mini-batch losses and the
 curious role of the learning rate; Hägele et al. 2024, Scaling laws and
@@ -44,9 +46,9 @@ DIFFERENCE = "- cosine"
 
 def main(arguments=None):
     parser = mnist.parser(__doc__.splitlines()[0], seeds=5, plot="constant_or_cosine.png")
-    parser.add_argument("--random-labels", type=float, default=0.0, help="share, 0 to 1")
+    parser.add_argument("--random-labels", type=float, default=0.0, help="fraction, 0 to 1")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="peak rates")
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="epochs, rising")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="increasing epochs")
     options = parser.parse_args(arguments)
     if any(end <= begin for begin, end in itertools.pairwise([0, *options.budgets])):
         parser.error(f"--budgets must rise from at least 1 epoch. Received: {options.budgets}")
@@ -62,7 +64,7 @@ def main(arguments=None):
     print(f"{options.seeds} seeds, {options.random_labels:.0%} random labels\n")
     print("At equal rates\n")
     print(equal_rates_table(held_out, options.rates, options.budgets))
-    print("\nEach at its best rate, chosen on images that are not the held-out ones\n")
+    print("\nEach at its best rate, selected on validation images\n")
     print(best_rates_table(validation, held_out, options.rates, options.budgets))
     draw(options.plot, held_out, options.rates, options.budgets)
     content = {"rates": list(options.rates), "budgets": list(options.budgets)}
@@ -75,13 +77,13 @@ def measure(rate, seed, budgets, share=0.0, images=None):
     Args:
         rate: Float.
         seed: Int.
-        budgets: Epochs, rising.
-        share: Float, of the labels learned that are random.
-        images: Int, how many, or None: all.
+        budgets: Increasing numbers of epochs.
+        share: Float, fraction of the training labels that is random.
+        images: Int, number of images, or None for all.
 
     Returns:
-        An array of shape (methods, budgets, parts, metrics): the parts are those
-        for validation and the held-out ones.
+        An array of shape (methods, budgets, parts, metrics). The parts are
+        validation and held-out.
     """
     (x, y), held_out = mnist.load(seed, share, images)
     cut = len(x) // 5
@@ -92,7 +94,7 @@ def measure(rate, seed, budgets, share=0.0, images=None):
     def build(schedule, epochs):
         return mnist.build_model(schedule, rate, epochs * epoch, seed)
 
-    # A PolyakModel keeps one average; the same seed gives the same iterates to another.
+    # A PolyakModel has one average; with the same seed, each gets the same iterates.
     rules = ExponentialAverage.from_half_life(epoch), PowerAverage()
     averages = []
     for rule in rules:
@@ -107,15 +109,15 @@ def measure(rate, seed, budgets, share=0.0, images=None):
 
 
 def train(model, data, budgets):
-    """Trains a model, and scores it whenever a budget of epochs is spent.
+    """Trains a model and scores it after each budget of epochs.
 
     Args:
         model: A compiled model.
-        data: Tuple of the training `(x, y)` and of the parts that score it.
-        budgets: Epochs, rising.
+        data: Tuple of the training `(x, y)` and of the parts to score on.
+        budgets: Increasing numbers of epochs.
 
     Returns:
-        List, an entry per budget, of lists, an entry per part, of logs.
+        For each budget, a list of the logs on each part.
     """
     training, parts = data
     logs = []
@@ -132,7 +134,7 @@ def _metrics(logs, prefix=""):
 
 
 def equal_rates_table(held_out, rates, budgets):
-    """Writes each method at each rate, and its difference from the cosine at that rate.
+    """Formats each method at each rate, and its difference from the cosine at that rate.
 
     Args:
         held_out: Array of shape (rates, seeds, methods, budgets, metrics).
@@ -149,16 +151,16 @@ def equal_rates_table(held_out, rates, budgets):
 
 
 def best_rates_table(validation, held_out, rates, budgets):
-    """Writes each method at its own best rate, and its difference from the cosine at its best.
+    """Formats each method at its own best rate, and its difference from the cosine at its best.
 
     Args:
-        validation: Array of shape (rates, seeds, methods, budgets, metrics),
-            which chooses the rates.
-        held_out: Array of that shape, which is shown.
+        validation: Array of shape (rates, seeds, methods, budgets, metrics), which
+            selects the rates.
+        held_out: Array of the same shape, which is shown.
         rates: Peak learning rates.
         budgets: Epochs.
     """
-    # Of accuracy the highest is best, of the negative log-likelihood the lowest.
+    # The highest accuracy is best, and the lowest negative log-likelihood.
     best = (validation.mean(axis=1) * [1, -1]).argmax(axis=0)
     chosen = np.take_along_axis(held_out, best[np.newaxis, np.newaxis], axis=0)[0]
     rows = []
@@ -172,7 +174,7 @@ def best_rates_table(validation, held_out, rates, budgets):
 
 
 def _compared(scores):
-    # Shape (seeds, methods, metrics); for each method the cells of its metrics, and of differences.
+    # `scores` has shape (seeds, methods, metrics).
     for m, method in enumerate(METHODS):
         estimates = mnist.estimates(scores[:, m])
         differences = mnist.estimates(scores[:, m] - scores[:, -1], sign="+")
@@ -182,10 +184,10 @@ def _compared(scores):
 
 
 def draw(path, held_out, rates, budgets):
-    """Draws the metrics of each method over the peak rate: means and standard errors.
+    """Plots the metrics of each method against the peak rate: means and standard errors.
 
     Args:
-        path: Where to, a .png file.
+        path: Path of a .png file.
         held_out: Array of shape (rates, seeds, methods, budgets, metrics).
         rates: Peak learning rates.
         budgets: Epochs.
@@ -207,7 +209,7 @@ def draw(path, held_out, rates, budgets):
     for panel, budget in zip(panels[0], budgets, strict=True):
         panel.set_title(f"{budget} epochs", loc="left", fontweight="bold")
     for panel in panels[-1]:
-        panel.set_xlabel("learning rate, at its peak")
+        panel.set_xlabel("peak learning rate")
     for panel, metric in zip(panels[:, 0], mnist.METRICS.values(), strict=True):
         panel.set_ylabel(f"held-out {metric}")
     panels[-1, 0].legend(frameon=False)

@@ -1,4 +1,4 @@
-"""What the measurements on MNIST share: images, labels, the net, seeds, means and their errors."""
+"""Shared parts of the MNIST experiments: images, labels, the net, seeds, means and errors."""
 
 import argparse
 import functools
@@ -24,48 +24,48 @@ METRICS = {"accuracy": "accuracy, %", "loss": "NLL"}
 
 @functools.cache
 def images():
-    """Returns 5,000 images of MNIST and their labels."""
+    """Returns 5,000 MNIST images and their labels."""
     return load_images()
 
 
 def load(seed, share=0.0, size=None):
-    """Splits the images, and makes a share of the training labels random.
+    """Splits the images and randomizes a fraction of the training labels.
 
     Args:
-        seed: Int, of the split and of the random labels.
-        share: Float in [0, 1], of the training labels; those held out stay true.
-        size: Int, how many images, training and held out together. Defaults to
-            None: all.
+        seed: Int, seed of the split and of the random labels.
+        share: Float in [0, 1], fraction of the training labels. Held-out labels
+            stay true.
+        size: Int, number of images, training and held-out. Defaults to None: all.
 
     Returns:
-        Tuple of the training `(x, y)` and of the held-out `(x, y)`, a fifth of all.
+        Tuple of the training `(x, y)` and the held-out `(x, y)`, a fifth of all.
     """
     x, y = images()
-    # The images are sorted by class: a regular choice has equally many of each.
+    # The images are sorted by class: regular spacing takes equally many of each.
     chosen = np.arange(len(x)) if size is None else np.arange(size) * len(x) // size
     (x, y), held_out = split(x[chosen], y[chosen], seed)
     return (x, random_labels(y, share, seed)), held_out
 
 
 def random_labels(y, share, seed, classes=CLASSES):
-    """Draws a share of the labels anew, uniformly from all classes.
+    """Replaces a fraction of the labels by uniformly random ones.
 
-    A tenth of the labels drawn from ten classes happens to be right.
+    With ten classes, a tenth of the random labels is correct by chance.
 
     Args:
         y: Integer labels.
         share: Float in [0, 1].
         seed: Int.
-        classes: Int, how many there are.
+        classes: Int, number of classes.
 
     Returns:
-        An array of labels; `y` itself stays.
+        An array of labels; `y` does not change.
 
     Reference:
         Zhang et al. 2017, Understanding deep learning requires rethinking
         generalization, section 2.1 (partially corrupted labels).
     """
-    # `split` draws from the seed alone: a stream of its own.
+    # `split` uses the seed alone, so this is an independent stream.
     generator = np.random.default_rng([seed, 1])
     hit = generator.permutation(len(y))[: round(share * len(y))]
     labels = y.copy()
@@ -74,18 +74,18 @@ def random_labels(y, share, seed, classes=CLASSES):
 
 
 def steps_per_epoch(examples):
-    """Returns the optimizer steps of an epoch over so many examples."""
+    """Returns the number of optimizer steps per epoch."""
     return math.ceil(examples / BATCH_SIZE)
 
 
 def build_model(schedule, rate, steps, seed):
-    """Builds and compiles a small dense net, after seeding Keras: equal seeds, equal iterates.
+    """Seeds Keras, then builds and compiles a small dense net; equal seeds give equal iterates.
 
     Args:
-        schedule: `"constant"`, or `"cosine"`: from `rate` down to 0.
+        schedule: `"constant"`, or `"cosine"` from `rate` to 0.
         rate: Float, the learning rate of SGD with momentum at the first step.
-        steps: Int, optimizer steps until the cosine is at 0.
-        seed: Int, of the initial weights and the order of the examples.
+        steps: Int, optimizer steps until the cosine reaches 0.
+        seed: Int, seed of the initial weights and the order of the examples.
 
     Returns:
         A compiled `keras.Sequential`.
@@ -102,7 +102,7 @@ def build_model(schedule, rate, steps, seed):
         optimizer=keras.optimizers.SGD(rate, momentum=MOMENTUM),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        # Compiling with XLA takes longer than it saves on so small a net.
+        # For such a small net, compiling with XLA takes longer than it saves.
         jit_compile=False,
     )
     return model
@@ -114,18 +114,18 @@ def mean_and_error(values):
         std(values, ddof=1) / sqrt(n)
 
     Args:
-        values: Array-like of n or more dimensions, n at least 2.
+        values: Array-like; its first axis has length n, at least 2.
     """
     values = np.asarray(values, dtype="float64")
     return values.mean(axis=0), values.std(axis=0, ddof=1) / math.sqrt(len(values))
 
 
 def metrics(logs, prefix=""):
-    """Picks accuracy in per cent and negative log-likelihood from logs of Keras.
+    """Returns accuracy in per cent and negative log-likelihood from Keras logs.
 
     Args:
         logs: Dict from names to numbers or lists of numbers.
-        prefix: What the names of the metrics begin with. Defaults to nothing.
+        prefix: Prefix of the names of the metrics. Defaults to `""`.
 
     Returns:
         List of the two.
@@ -134,12 +134,12 @@ def metrics(logs, prefix=""):
 
 
 def estimates(scores, sign="-"):
-    """Writes means over seeds with their standard errors.
+    """Formats means over seeds with their standard errors.
 
     Args:
         scores: Array of shape (seeds, 2): accuracy in per cent and negative
             log-likelihood.
-        sign: `"+"` shows the sign of positive means, too. Defaults to `"-"`.
+        sign: `"+"` also shows the sign of positive means. Defaults to `"-"`.
 
     Returns:
         List of two strings.
@@ -154,19 +154,19 @@ def estimates(scores, sign="-"):
 
 
 def parser(description, seeds, plot):
-    """Returns an argument parser with the options that both measurements have.
+    """Returns an argument parser with the options that the experiments share.
 
     Args:
-        description: What the measurement does.
-        seeds: Int, how many seeds by default.
-        plot: Name of the picture by default.
+        description: Description of the experiment.
+        seeds: Int, default number of seeds.
+        plot: Default path of the plot.
     """
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--seed", type=int, default=0, help="the first one")
-    options.add_argument("--seeds", type=_several, default=seeds, help="how many, from there on")
-    options.add_argument("--images", type=int, help="how many of the 5,000; default: all")
+    options.add_argument("--seed", type=int, default=0, help="first seed")
+    options.add_argument("--seeds", type=_several, default=seeds, help="consecutive seeds")
+    options.add_argument("--images", type=int, help="number of images; default: all 5,000")
     options.add_argument("--plot", default=plot, metavar="PATH")
-    options.add_argument("--json", metavar="PATH", help="where to write every run's numbers")
+    options.add_argument("--json", metavar="PATH", help="write the scores of every run here")
     return options
 
 
@@ -177,7 +177,7 @@ def _several(text):
 
 
 def with_progress(runs):
-    """Yields each of the runs, and tells on the standard error stream how far they are."""
+    """Yields each of the runs and prints progress to the standard error stream."""
     runs = list(runs)
     begin = time.monotonic()
     for done, run in enumerate(runs, start=1):
@@ -188,7 +188,7 @@ def with_progress(runs):
 
 
 def write_json(path, content):
-    """Writes numbers into a file, unless `path` is None."""
+    """Writes JSON into a file, unless `path` is None."""
     if path is not None:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)

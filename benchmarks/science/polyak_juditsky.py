@@ -1,28 +1,28 @@
-"""The uniform average of SGD is in the end as good an estimate as any.
+"""The uniform average of SGD is an asymptotically optimal estimate.
 
     python benchmarks/science/polyak_juditsky.py
 
-With steps gamma_0 * t**-0.6, H the Hessian and S the covariance of the gradients
-at the optimum, the covariance of the uniform average of n iterates approaches
-V / n with V = H^-1 S H^-1, that of the last iterate gamma_n * Sigma with
+Let the step sizes be gamma_0 * t**-0.6, H the Hessian and S the covariance of the
+gradients at the optimum. The covariance of the uniform average of n iterates approaches
+V / n with V = H^-1 S H^-1, and that of the last iterate gamma_n * Sigma with
 H Sigma + Sigma H = S (Polyak & Juditsky 1992, Acceleration of stochastic approximation
 by averaging; Fabian 1968, On asymptotic normality in stochastic approximation). The
-average of the last half has twice V / n, and polynomial-decay averaging with eta has
+average of the last half approaches twice V / n, and polynomial-decay averaging with eta
 (eta + 1)**2 / (2 * eta + 1) times V / n, the integral of its squared profile.
 
-The choices, made beforehand: gamma_0 = 1 / (2 * the largest eigenvalue of H), so
-that the linear regression on five standard normal inputs contracts in mean square from
-the third step on (gamma_t < 2 / (tr H + 2 * lambda_max)); the descent starts at 0, one
-unit from the optimum. The noise of the linear regression has the variance
-(1 + x_1**2) / 2, so that S is no multiple of H. All problems draw from the same seed,
-so that their deviations go together.
+Choices made in advance: gamma_0 = 1 / (2 * the largest eigenvalue of H), so that the
+linear regression on five standard normal inputs contracts in mean square from the third
+step on (gamma_t < 2 / (tr H + 2 * lambda_max)). The descent starts at 0, one unit from
+the optimum. The noise of the linear regression has variance (1 + x_1**2) / 2, so that S
+is not a multiple of H. All problems use the same seed, so their deviations are
+correlated.
 
-The columns `this n` are theory for this many steps: the linear recursion
-e += -gamma_t * (H e - noise) with noise of covariance S, summed exactly; and for the
-bias also the shift of the mean where H changes around the optimum, by
--gamma_t * H^-1 f'''[Sigma] / 2. That is the bias of the logistic regression: its
-n * |bias|**2 falls only like n**-0.2. Left out is that gradients are noisier far from
-the optimum. Where it all fails, the script shows too: short runs, small eigenvalues of
+The columns `this n` are predictions for this number of steps: the linear recursion
+e += -gamma_t * (H e - noise) with noise of covariance S, summed exactly. The bias also
+includes the shift of the mean by -gamma_t * H^-1 f'''[Sigma] / 2 if H changes around
+the optimum. This is the bias of the logistic regression: its n * |bias|**2 decreases
+only like n**-0.2. The predictions ignore that gradients are noisier far from the
+optimum. The script also shows where the theory fails: short runs, small eigenvalues of
 H, and first steps that are too small or too large.
 """
 
@@ -49,7 +49,7 @@ NORMAL_95 = 1.959963984540054
 
 
 def estimators(steps):
-    """Returns the rules under test by name; of the raw iterate, the average that forgets all."""
+    """Returns the rules under test by name; decay 0 gives the raw iterate."""
     return {
         "uniform": UniformAverage(),
         "raw": ExponentialAverage(0.0),
@@ -59,7 +59,7 @@ def estimators(steps):
 
 
 def limits(regression, steps):
-    """Returns n * tr Cov / tr V of each estimator for many steps, and the ratio allowed to it."""
+    """Returns the limit of n * tr Cov / tr V of each estimator, and its tolerance as a ratio."""
     values, vectors = np.linalg.eigh(regression.hessian)
     noise = np.diag(vectors.T @ regression.noise @ vectors)
     step_size = regression.first_step_size * steps**-EXPONENT
@@ -74,7 +74,7 @@ def limits(regression, steps):
 
 
 def simulate(regression, steps, replicas, seed, reports=40):
-    """Returns the errors of each estimator at some steps: a dict of lists of (step, errors)."""
+    """Returns the errors of each estimator: a dict of lists of (step, errors)."""
     rules = estimators(steps)
     start = np.zeros((replicas, len(regression.optimum)))
     errors = {name: [] for name in rules}
@@ -115,13 +115,13 @@ def bias(regression, steps, errors):
 
 
 def covered(regression, steps, errors):
-    """Tells for each entry whether its 95 % confidence interval holds the truth, as 0 or 1."""
+    """Returns, as 0 or 1, whether the 95 % confidence interval of each entry covers the truth."""
     deviation = np.sqrt(np.diag(regression.covariance) / steps)
     return (np.abs(errors) <= NORMAL_95 * deviation).astype("float64")
 
 
 def in_text(value, error):
-    """Writes a value and its standard error."""
+    """Formats a value and its standard error."""
     return f"{value:.3f} ± {error:.3f}"
 
 
@@ -162,7 +162,7 @@ def coverage_row(regression, steps, errors):
 
 
 def first_step_row(regression, steps, errors):
-    """Returns the row of the table of first steps for one problem and gamma_0."""
+    """Returns the row of the table of first step sizes for one problem and gamma_0."""
     final = errors["uniform"][-1][1]
     share, error = mean_and_error(covered(regression, steps, final).mean(axis=1))
     (ratio,), (squared_bias,) = predict(regression, [UniformAverage()], steps)
@@ -179,7 +179,7 @@ def first_step_row(regression, steps, errors):
 
 
 def direction_rows(regression, steps, errors):
-    """Returns the rows of the table of eigenvalues: the uniform average in each direction."""
+    """Returns the rows of the table of directions: the uniform average per eigenvalue."""
     eigenvalues = np.diag(regression.hessian)
     rate = regression.first_step_size
     step_size = rate * np.arange(1, steps + 1.0) ** -EXPONENT
@@ -205,10 +205,10 @@ def direction_rows(regression, steps, errors):
 
 
 def draw(path, problems):
-    """Draws the efficiency of the raw iterate and of the uniform average over the steps.
+    """Plots the efficiency of the raw iterate and of the uniform average against the step.
 
     Args:
-        path: Where to, a .png file.
+        path: Path of a .png file.
         problems: List of tuples of a regression and its errors.
     """
     from matplotlib.figure import Figure
@@ -238,27 +238,27 @@ def draw(path, problems):
 
 
 def print_efficiency(problems, steps):
-    """Prints the efficiency of each estimator, then how often confidence intervals hold."""
-    header = ["problem", "n", "estimator", "limit", "this n", "measured", "of limit"]
+    """Prints the efficiency of each estimator, then the coverage of confidence intervals."""
+    header = ["problem", "n", "estimator", "limit", "this n", "measured", "/ limit"]
     header += ["target", "met", "n bias² / tr V, this n", "measured"]
     rows = [row for p, e in problems for row in efficiency_rows(p, steps, e)]
     print(format_table(header, rows, left=3))
     print("\n95 % confidence intervals of covariance V / n around the uniform average\n")
-    header = ["problem", "n", "cover", "target", "met"]
+    header = ["problem", "n", "coverage", "target", "met"]
     print(format_table(header, [coverage_row(p, steps, e) for p, e in problems]))
 
 
 def print_directions(problem, steps, errors):
-    """Prints how the uniform average does in the direction of each eigenvalue."""
+    """Prints results for the uniform average in the direction of each eigenvalue."""
     header = ["eigenvalue", "memory / n", "n Var / V, this n", "measured"]
-    header += ["n bias² / V, this n", "measured", "cover"]
+    header += ["n bias² / V, this n", "measured", "coverage"]
     print(format_table(header, direction_rows(problem, steps, errors), left=0))
 
 
 def print_first_steps(problems, steps):
-    """Prints how the uniform average does with other first steps."""
+    """Prints results for the uniform average with other first step sizes."""
     header = ["problem", "n", "gamma_0 lambda_max", "n tr Cov / tr V, this n", "measured"]
-    header += ["n bias² / tr V, this n", "measured", "cover"]
+    header += ["n bias² / tr V, this n", "measured", "coverage"]
     print(format_table(header, [first_step_row(p, steps, e) for p, e in problems]))
 
 
@@ -282,14 +282,14 @@ def main():
 
     print("n tr Cov / tr V, ± one standard error over the replicas\n")
     print_efficiency(problems, options.steps)
-    print("\nWhere it fails: a short run\n")
+    print("\nWhere the theory fails: a short run\n")
     print_efficiency(brief, short)
-    print("\nWhere it fails: small eigenvalues, the uniform average direction by direction\n")
+    print("\nWhere the theory fails: small eigenvalues, the uniform average by direction\n")
     print_directions(hard, options.steps, hard_errors)
-    print("\nWhere it fails: the first step, the uniform average\n")
+    print("\nWhere the theory fails: the first step size, the uniform average\n")
     print_first_steps(varied, middle)
     draw(options.plot, problems)
-    print(f"\nWrote {options.plot}")
+    print(f"\nWritten: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""What the average and the ensemble gain over the raw model, and where they gain nothing.
+"""Gain of the average and of the ensemble over the raw model, and where there is none.
 
     python benchmarks/science/raw_average_ensemble.py
 
-Claim: at a constant learning rate the average beats the last iterate, most of
-all where labels are random; once the rate has decayed to 0 there is little left
-to average away.
+Claim: at a constant learning rate the average beats the last iterate, most of all with
+random labels. Once the rate has decayed to 0, there is little noise left to average.
 
-A dense net (784-256-128-10, SGD with momentum) learns 4,000 images of MNIST at a
-constant rate or one that falls to 0 as a cosine, with true labels or 40 % random
-ones, and is scored on 1,000 others, whose labels are true. The half-life of the
-average is one epoch; the learning rate was chosen beforehand, looking at one seed
-that is not among these. One run gives all three routes, and all conditions share
-their seeds: the split, the initial weights and the order. Differences are within
-a run. Standard errors are over the seeds, whose splits are of the same 5,000 images.
+A dense net (784-256-128-10, SGD with momentum) is trained on 4,000 MNIST images, at a
+constant rate or a cosine decay to 0, with true labels or 40 % random ones, and is scored
+on 1,000 others with true labels. The half-life of the average is one epoch. The learning
+rate was chosen in advance on a seed that is not used here. One run gives all three
+routes, and all conditions share their seeds: the split, the initial weights and the
+order. Differences are within a run. Standard errors are over the seeds, whose splits are
+of the same 5,000 images. Under random labels compare accuracy only: the likelihood of
+true labels then mostly measures under-confidence.
 
 Source: Izmailov et al. 2018, Averaging weights leads to wider optima and better
 generalization; random labels as in Zhang et al. 2017, Understanding deep learning
@@ -57,18 +57,19 @@ def _title(condition):
 
 
 def train(schedule, share, seed, epochs, images=None):
-    """Trains one net, and scores all routes on held-out images after each epoch.
+    """Trains a net and scores all routes on held-out images after each epoch.
 
     Args:
         schedule: `"constant"` or `"cosine"`.
-        share: Float, of the training labels that are random.
+        share: Float, fraction of the training labels that is random.
         seed: Int.
         epochs: Int.
-        images: Int, how many, or None: all.
+        images: Int, number of images, or None for all.
 
     Returns:
-        An array of shape (routes, metrics, epochs), the routes raw, average and
-        ensemble, the metrics accuracy in per cent and negative log-likelihood.
+        An array of shape (routes, metrics, epochs). The routes are raw, average
+        and ensemble; the metrics are accuracy in per cent and negative
+        log-likelihood.
     """
     training, held_out = mnist.load(seed, share, images)
     epoch = mnist.steps_per_epoch(len(training[0]))
@@ -88,11 +89,11 @@ def train(schedule, share, seed, epochs, images=None):
 
 
 def table_rows(scores):
-    """Returns the cells of the table: routes after the last epoch, and differences from raw.
+    """Returns the table rows: routes after the last epoch, and differences from raw.
 
     Args:
-        scores: Dict from `(schedule, share)` to the results of `train`, one of
-            each seed.
+        scores: Dict from `(schedule, share)` to the results of `train`, one per
+            seed.
     """
     rows = []
     for (schedule, share), runs in scores.items():
@@ -108,10 +109,10 @@ def table_rows(scores):
 
 
 def draw(path, scores):
-    """Draws the metrics of each route over the epochs: means, and bands of one standard error.
+    """Plots the metrics of each route against the epoch: means ± one standard error.
 
     Args:
-        path: Where to, a .png file.
+        path: Path of a .png file.
         scores: As in `table_rows`.
     """
     figure = Figure(figsize=(13, 6.5), layout="constrained")

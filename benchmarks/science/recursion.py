@@ -1,4 +1,4 @@
-"""What theory says of an average of exactly so many steps of SGD."""
+"""Predictions for an average of a finite number of SGD steps."""
 
 import numpy as np
 from regressions import EXPONENT
@@ -6,20 +6,20 @@ from trajectories import shares
 
 
 def finite_run(share, step_size, eigenvalues):
-    """Solves the linear recursion for averages of exactly so many steps.
+    """Solves the linear recursion for averages of n steps.
 
-    The error e follows e += -gamma_t * (lambda * e - noise_t), the noise having
-    variance 1, from e = 1 on.
+    The error e follows e += -gamma_t * (lambda * e - noise_t), with noise of
+    variance 1 and a start at e = 1.
 
     Args:
-        share: Array (r, n), what the iterate of each step counts in r averages.
+        share: Array (r, n), the share of each iterate in r averages.
         step_size: Array (n,), gamma_t.
         eigenvalues: Array (k,), values of lambda.
 
     Returns:
         Two arrays (r, k), the variance and the mean of the averages.
     """
-    # What a unit of error right after step t contributes to the average.
+    # Contribution of a unit of error right after step t to the average.
     effect = np.zeros((len(share), len(eigenvalues)))
     variance = np.zeros_like(effect)
     for t in reversed(range(len(step_size))):
@@ -30,12 +30,12 @@ def finite_run(share, step_size, eigenvalues):
 
 
 def predict(regression, rules, steps):
-    """Predicts averages of exactly so many steps from 0.
+    """Predicts averages of n steps from 0.
 
-    To the linear recursion with noise of covariance S comes what curvature that
-    changes does: noise of covariance gamma_t * Sigma around the optimum shifts
-    the mean gradient by gamma_t * `regression.pull`, and the iterate by
-    -H^-1 of that.
+    Adds to the linear recursion with noise of covariance S the effect of changing
+    curvature: noise of covariance gamma_t * Sigma around the optimum shifts the
+    mean gradient by gamma_t * `regression.pull`, and the iterate by -H^-1 times
+    that.
 
     Args:
         regression: A `Regression`.
@@ -43,7 +43,7 @@ def predict(regression, rules, steps):
         steps: Int, n.
 
     Returns:
-        Two arrays with an entry for each rule: n * tr Cov / tr V and
+        Two arrays with an entry per rule: n * tr Cov / tr V and
         n * |bias|**2 / tr V.
     """
     values, vectors = np.linalg.eigh(regression.hessian)

@@ -1,8 +1,7 @@
-"""Regressions with normal inputs: how to draw a gradient, and its H and S.
+"""Regressions with normal inputs: stochastic gradients, and their H and S.
 
-H is the Hessian of the expected loss at the optimum, S the covariance of the
-gradients of single examples there. The descent goes with the steps
-gamma_0 * t**-0.6.
+H is the Hessian of the expected loss at the optimum, and S the covariance of the
+gradients of single examples there. The step sizes are gamma_0 * t**-0.6.
 """
 
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ class Regression:
         residual: Callable from the linear predictor, its true value, the inputs
             and a standard normal draw to the derivative of the loss by the
             predictor.
-        pull: Array, f'''[Sigma] / 2: how noise of covariance Sigma around the
-            optimum shifts the mean gradient; H Sigma + Sigma H = S.
+        pull: Array, f'''[Sigma] / 2: the shift of the mean gradient by noise of
+            covariance Sigma around the optimum, where H Sigma + Sigma H = S.
         first_rate: Float, gamma_0 times the largest eigenvalue of H.
     """
 
@@ -42,7 +41,7 @@ class Regression:
 
     @property
     def covariance(self):
-        """V, n times the covariance of the best estimate from n examples."""
+        """V, n times the covariance of the optimal estimate from n examples."""
         inverse = np.linalg.inv(self.hessian)
         return inverse @ self.noise @ inverse
 
@@ -73,7 +72,7 @@ def unit_vector(size):
 
 
 def linear_regression(size=5):
-    """Inputs of covariance 1, noise of the variance (1 + x_1**2) / 2."""
+    """Linear regression with inputs of covariance 1 and noise of variance (1 + x_1**2) / 2."""
     noise = np.eye(size)
     noise[0, 0] = 2  # E[(1 + x**2) / 2 * x**2], where E[x**4] = 3
     return Regression(
@@ -90,7 +89,7 @@ def linear_regression(size=5):
 
 
 def logistic_regression(size=5):
-    """Inputs of covariance 1, labels drawn from the model: S = H, by quadrature."""
+    """Logistic regression, inputs of covariance 1, labels from the model: S = H, by quadrature."""
     optimum = unit_vector(size)
     nodes, mass = np.polynomial.hermite_e.hermegauss(200)
     chance = 1 / (1 + np.exp(-nodes))
@@ -112,7 +111,7 @@ def logistic_regression(size=5):
 
 
 def ill_conditioned_regression(eigenvalues=(1.0, 0.1, 0.01, 0.001, 0.0001)):
-    """Linear regression with inputs of these variances, noise of variance 1."""
+    """Linear regression with inputs of these variances and noise of variance 1."""
     hessian = np.diag(eigenvalues)
     return Regression(
         "ill-conditioned linear regression",

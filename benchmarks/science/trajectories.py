@@ -1,8 +1,7 @@
 """Stochastic gradient descent on many replicas at once, averaged by this package.
 
-What the scripts in this folder share. The averages are moved by
-`polyak_model.backend.update`, with the weights of `polyak_model` rules, in one
-compiled loop with the descent itself.
+Shared by the scripts in this folder. `polyak_model.backend.update` moves the averages
+with the weights of `polyak_model` rules, in one compiled loop with the descent.
 """
 
 import os
@@ -31,7 +30,7 @@ def weights(rule, steps):
 
 
 def shares(rule, steps):
-    """Returns what each of `steps` iterates counts in the average after the last of them.
+    """Returns the share of each of `steps` iterates in the average after the last of them.
 
     Args:
         rule: A `polyak_model` rule.
@@ -43,17 +42,17 @@ def shares(rule, steps):
 
 
 def trajectories(take_step, start, rules, steps, every, label=None):
-    """Descends, and yields the iterate and its averages every so many steps.
+    """Runs the descent and yields the iterate and its averages at regular steps.
 
     Args:
         take_step: Callable from the iterate and the step, an int64 tensor that
-            is 1 at the first, to the next iterate.
+            starts at 1, to the next iterate.
         start: Array, the weights before the first step.
-        rules: List of `polyak_model` rules, one for each average.
-        steps: Int, how many in all; a multiple of `every`.
+        rules: List of `polyak_model` rules, one per average.
+        steps: Int, total number of steps, a multiple of `every`.
         every: Int, steps between two reports.
-        label: String, what to call this run in a line of progress, or None for
-            no such line.
+        label: String, name of this run in the progress line, or None for no
+            progress line.
 
     Yields:
         Tuples of the step, the iterate and the list of the averages.
@@ -83,7 +82,7 @@ def trajectories(take_step, start, rules, steps, every, label=None):
 
 
 def style(panel, title, xlabel):
-    """Gives a panel of a figure the looks of all figures here.
+    """Applies the common style to a panel.
 
     Args:
         panel: A matplotlib `Axes`.

@@ -1,24 +1,24 @@
-"""How much noise the exponential average removes at a constant step: a law, measured.
+"""Variance reduction of the exponential average at a constant step size: formula and measurement.
 
     python benchmarks/science/variance_law.py
 
-On a quadratic of curvature lambda, SGD with the constant step gamma ends as an
-autoregression with a = 1 - gamma * lambda, and its exponential average of decay
-rho has, against the raw iterate, the variance
+On a quadratic of curvature lambda, SGD with constant step size gamma becomes a
+stationary autoregression with a = 1 - gamma * lambda. The variance of its exponential
+average with decay rho, relative to the raw iterate, is
 
     Var(average) / Var(raw) = (1 - rho) (1 + a rho) / ((1 + rho) (1 - a rho)),
 
 the sum over all pairs of iterates of their shares in the average times their
 autocorrelation a**|i-j|. (Averaging SGD at a constant step: Mandt et al. 2017,
-Stochastic gradient descent as approximate Bayesian inference.) It asks nothing of
-the noise but that its mean be zero given the past: it holds for noise added to the
-gradient as for one-example gradients of a regression, whose noise grows with the
+Stochastic gradient descent as approximate Bayesian inference.) The only assumption on
+the noise is zero mean given the past. So the formula holds for noise added to the
+gradient, and for one-example gradients of a regression, whose noise grows with the
 error.
 
-The chains start at the optimum, and are looked at after twelve times the longer of
-the two memories, and every two memories from then on. Where it fails: on a loss that
-is no quadratic where the iterates are (here w**2 / 2 + w**4 / 4, of curvature 1 at
-the optimum and more around it), and before the chains are stationary.
+The chains start at the optimum. They are sampled after twelve times the longer of the
+two memories, and every two memories from then on. The formula fails if the loss is not
+quadratic around the iterates (here w**2 / 2 + w**4 / 4, of curvature 1 at the optimum
+and more around it), and before the chains are stationary.
 """
 
 import argparse
@@ -42,13 +42,13 @@ class Setting:
     """A loss with its noise, a step and a decay.
 
     Attributes:
-        rate: Float, gamma * lambda, lambda being the curvature at the optimum.
+        rate: Float, gamma * lambda, where lambda is the curvature at the optimum.
         decay: Float, rho.
         problem: `"quadratic"`, with standard normal noise added to the gradient;
             `"regression"`, the gradient of a linear regression at one example,
             with a uniform input of variance 1 and standard normal noise; or
-            `"quartic"`, as the first but no quadratic.
-        burn_in: Int, how many memories pass before the first look.
+            `"quartic"`, like the first but not quadratic.
+        burn_in: Int, memories before the first sample.
     """
 
     rate: float
@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def memory(self):
-        """Int, steps in which both the iterate and the average forget all but 1 / e."""
+        """Int, steps in which both the iterate and the average decay to 1 / e."""
         memories = [1 / (1 - abs(1 - self.rate)), 1 / (1 - self.decay)]
         return math.ceil(max(memories))
 
@@ -113,12 +113,12 @@ def law(rate, decay):
 
 
 def measure(setting, chains, samples, seed):
-    """Measures the ratio on independent chains.
+    """Measures the variance ratio on independent chains.
 
     Args:
         setting: A `Setting`.
-        chains: Int, how many.
-        samples: Int, at how many times each is looked at.
+        chains: Int, number of chains.
+        samples: Int, samples per chain.
         seed: Int.
 
     Returns:
@@ -138,17 +138,17 @@ def measure(setting, chains, samples, seed):
             raw += iterate**2 / samples
             averaged += average**2 / samples
     ratio = averaged.mean() / raw.mean()
-    # The spread over chains of a ratio of means, to first order.
+    # Standard deviation over chains of a ratio of means, to first order.
     spread = (averaged - ratio * raw).std(ddof=1) / raw.mean()
     return ratio, spread / chains**0.5
 
 
 def print_table(settings, measured):
-    """Prints the law beside what was measured.
+    """Prints the formula and the measurements.
 
     Args:
         settings: List of `Setting`s.
-        measured: List of as many ratios and their standard errors.
+        measured: List of ratios and their standard errors, one per setting.
     """
     rows = []
     for setting, (ratio, error) in zip(settings, measured, strict=True):
@@ -166,16 +166,16 @@ def print_table(settings, measured):
                 "yes" if abs(deviation) <= TARGET else "no",
             ]
         )
-    header = ["problem", "gamma lambda", "decay", "burn-in", "law", "measured", "deviation"]
+    header = ["problem", "gamma lambda", "decay", "burn-in", "formula", "measured", "deviation"]
     print(format_table([*header, "within 3 %"], rows))
 
 
 def draw(path, measured):
-    """Draws the law over the decay, and what was measured.
+    """Plots the formula against the memory, and the measurements.
 
     Args:
-        path: Where to, a .png file.
-        measured: List of ratios and their standard errors, one for each of `SETTINGS`.
+        path: Path of a .png file.
+        measured: List of ratios and their standard errors, one per entry of `SETTINGS`.
     """
     from matplotlib.figure import Figure
 
@@ -195,7 +195,7 @@ def draw(path, measured):
         panel.plot([], [], color="black", marker=marker, linestyle="", label=problem)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    style(panel, "Var(average) / Var(raw): law and measurement", "memory 1 / (1 - decay), in steps")
+    style(panel, "Var(average) / Var(raw): formula and measurement", "memory 1 / (1 - decay)")
     panel.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -203,20 +203,20 @@ def draw(path, measured):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chains", type=int, default=10_000)
-    parser.add_argument("--samples", type=int, default=8, help="times each chain is looked at")
+    parser.add_argument("--samples", type=int, default=8, help="samples per chain")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=pathlib.Path, default="variance_law.png")
     options = parser.parse_args()
     run = options.chains, options.samples, options.seed
     measured = [measure(setting, *run) for setting in SETTINGS]
-    # A single look: later ones would be stationary.
+    # A single sample: later ones would be stationary.
     beyond = [measure(s, run[0], 1 if s.burn_in < 12 else run[1], run[2]) for s in BEYOND]
     print("Var(average) / Var(raw), ± one standard error; burn-in in memories\n")
     print_table(SETTINGS, measured)
-    print("\nWhere it fails\n")
+    print("\nWhere the formula fails\n")
     print_table(BEYOND, beyond)
     draw(options.plot, measured)
-    print(f"\nWrote {options.plot}")
+    print(f"\nWritten: {options.plot}")
 
 
 if __name__ == "__main__":
