@@ -341,7 +341,11 @@ class PolyakModel(RoutedModel):
                 cloning.build_on(self.raw_model, inputs, batch)
             if not cloning.has_weights(self.shadow.model):
                 with backend.device(self.shadow.device):
-                    cloning.build_on(self.shadow.model, inputs, batch)
+                    if self.clone_function is None:
+                        cloning.complete_clone(self.raw_model, self.shadow.model)
+                    else:
+                        with backend.unchanged_generators():
+                            cloning.build_on(self.shadow.model, inputs, batch)
         self._start(inputs)
 
     def _start(self, inputs):

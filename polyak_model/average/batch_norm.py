@@ -7,8 +7,7 @@ import keras
 from keras import ops, tree
 
 from polyak_model import backend
-from polyak_model.average import cloning
-from polyak_model.average.clone_check import forward
+from polyak_model.backend.keras_internals import forward, seed_states, untrained_weights
 
 
 def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="auto"):
@@ -256,7 +255,7 @@ def _normalizing_by_batch(layer, pool):
 @contextlib.contextmanager
 def _state_kept(model):
     """On leaving, what a forward pass may change is as it was: statistics, states, seeds."""
-    variables = [*cloning.untrained_weights(model), *cloning.seed_states(model)]
+    variables = [*untrained_weights(model), *seed_states(model)]
     values = [ops.copy(variable) for variable in variables]
     try:
         yield

@@ -5,7 +5,8 @@ import dataclasses
 import keras
 
 from polyak_model import backend
-from polyak_model.average import cloning
+from polyak_model.average.clone_check import check_disjoint, pair_weights
+from polyak_model.backend.keras_internals import untrained_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,9 @@ def pair(raw, model, add_beside, copies_statistics, compensated):
     Raises:
         ValueError: If the architectures differ, or the models share a variable.
     """
-    cloning.check_disjoint(raw, model)
-    pairs = tuple((average, w) for w, average in cloning.pair_weights(raw, model))
-    moving = {id(v) for v in cloning.untrained_weights(model)}
+    check_disjoint(raw, model)
+    pairs = tuple((average, w) for w, average in pair_weights(raw, model))
+    moving = {id(v) for v in untrained_weights(model)}
     averaged, rounded, mirrored, copied, learned = [], [], [], [], []
     for average, w in pairs:
         average.trainable = False

@@ -9,6 +9,7 @@ from polyak_model import backend
 from polyak_model.average import clone_check as probing
 from polyak_model.average import cloning
 from polyak_model.average.pairing import pair
+from polyak_model.backend.keras_internals import seed_states
 from polyak_model.saving import description as descriptions
 
 
@@ -70,16 +71,13 @@ class Shadow(keras.layers.Layer):
             inputs: What the models take, symbolic, to check that both answer
                 alike; or None.
         """
-        with backend.device(self.device):
-            cloning.build_like(raw, self.model)
         partners = pair(
             raw, self.model, self._add_beside, self.non_trainable == "copy", self.compensated
         )
         backend.assign(partners.all)
         backend.assign((original, average) for average, original in partners.rounded)
         cloning.copy_outside_weights(raw, self.model)
-        if not cloning.has_empty_table(raw):
-            probing.check_same_outputs(raw, self.model, inputs)
+        probing.check_same_outputs(raw, self.model, inputs)
         self._partners = partners
         self.built = True
 
@@ -104,7 +102,7 @@ class Shadow(keras.layers.Layer):
                 seed.assign(store[f"seed_{index}"])
 
     def _seeds(self):
-        return cloning.seed_states(self._partners.raw) + cloning.seed_states(self.model)
+        return seed_states(self._partners.raw) + seed_states(self.model)
 
     def check_complete(self):
         """Raises `ValueError` if the raw model has gained or lost weights since the start."""

@@ -9,6 +9,8 @@ if keras.backend.backend() != "tensorflow":
         "before Keras is imported."
     )
 
+from polyak_model.backend.tensorflow import copying
+from polyak_model.backend.tensorflow.generators import unchanged_generators
 from polyak_model.backend.tensorflow.strategies import (
     device,
     local_replicas,
@@ -45,6 +47,7 @@ __all__ = [
     "apart",
     "assign",
     "compiled",
+    "copying",
     "device",
     "fingerprint",
     "keeps_updates",
@@ -68,6 +71,7 @@ __all__ = [
     "symbolic",
     "synchronize",
     "traces_for_export",
+    "unchanged_generators",
     "waits_for_replicas",
     "when",
 ]

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops, tree
 
-from polyak_model.average.clone_check import forward
+from polyak_model.backend.keras_internals import forward
 
 
 def join(combine, answers):

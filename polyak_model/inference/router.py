@@ -6,7 +6,7 @@ import keras
 from keras import tree
 
 from polyak_model import backend
-from polyak_model.average.clone_check import forward
+from polyak_model.backend.keras_internals import forward
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import Ensemble, join
 
