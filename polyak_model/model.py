@@ -294,7 +294,7 @@ class PolyakModel(backend.Trainer, RoutedModel):
         True
         """
         check_optimizers((args, kwargs))
-        self._router.check_metrics((args, kwargs))
+        self._router.check_arguments((args, kwargs))
         backend.check_compilation(self.raw_model, (args, kwargs), **kwargs)
         with backend.strategy_scope(self):
             self.raw_model.compile(*args, **kwargs)
@@ -355,7 +355,11 @@ class PolyakModel(backend.Trainer, RoutedModel):
                 cloning.build_on(self.raw_model, inputs, batch)
             if not cloning.has_weights(self.shadow.model):
                 with backend.device(self.shadow.device):
-                    cloning.build_on(self.shadow.model, inputs, batch)
+                    if self.clone_function is None:
+                        cloning.complete_clone(self.raw_model, self.shadow.model)
+                    else:
+                        with backend.unchanged_generators():
+                            cloning.build_on(self.shadow.model, inputs, batch)
         self._start(inputs)
 
     def _start_if_built(self):

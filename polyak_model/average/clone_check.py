@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import tree
 
+from polyak_model.backend.keras_internals import forward
+
 # One forward pass with the same values gives the same outputs up to the order of sums, which
 # threads may change; state left behind by the clone (an adapted mean, a table) shows far above it.
 _OUTPUT_TOLERANCE = 1e-3
@@ -15,14 +17,58 @@ _OUTPUT_TOLERANCE = 1e-3
 _PROBE_SIZES = (1, 32, 128)
 
 
-def forward(model, x):
-    """Returns the answer of a model outside training.
+def check_disjoint(model, clone):
+    """Raises `ValueError` if the two models share a variable.
 
     Args:
         model: A `keras.Model`.
-        x: Inputs.
+        clone: A `keras.Model`.
     """
-    return model(x, training=False) if model._call_has_training_arg else model(x)
+    owned = {id(variable) for variable in model.variables}
+    for variable in clone.variables:
+        if id(variable) in owned:
+            raise ValueError(
+                f"The clone of the model '{model.name}' shares the variable '{variable.path}' with "
+                "it, so the average would overwrite what is trained. Build every layer afresh in "
+                "`clone_function` (or in the model's `from_config`) instead of reusing live ones."
+            )
+
+
+def pair_weights(model, clone):
+    """Pairs the weights of a model with those of its clone.
+
+    Args:
+        model: A built `keras.Model`.
+        clone: A built `keras.Model`.
+
+    Returns:
+        A tuple of pairs `(weight of model, weight of clone)`, in the order of
+        `model.weights`.
+
+    Raises:
+        ValueError: If the architectures differ; it names the first variable that
+            does.
+    """
+    pairs = tuple(zip(model.weights, clone.weights, strict=False))
+    for weight, copy in pairs:
+        expected = f"shape {tuple(weight.shape)}, dtype {weight.dtype}"
+        received = f"shape {tuple(copy.shape)}, dtype {copy.dtype}"
+        if expected != received:
+            raise ValueError(
+                "The clone must have the architecture of the model. The first variable that "
+                f"differs is '{weight.path}' of {expected}. Received in the clone: '{copy.path}' "
+                f"of {received}. Make `clone_function` return the same architecture."
+            )
+    if len(model.weights) != len(clone.weights):
+        longer = max(model, clone, key=lambda candidate: len(candidate.weights))
+        extra = longer.weights[len(pairs)]
+        raise ValueError(
+            f"The clone must have the architecture of the model '{model.name}', which has "
+            f"{len(model.weights)} weights. Received a clone with {len(clone.weights)}; the first "
+            f"variable without a partner is '{extra.path}' of shape {tuple(extra.shape)}. Make "
+            "`clone_function` return the same architecture."
+        )
+    return pairs
 
 
 def check_same_outputs(model, clone, inputs):

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from polyak_model import backend
-from polyak_model.average import cloning
+from polyak_model.average.clone_check import check_disjoint, pair_weights
 from polyak_model.backend import keras_internals
 
 AVERAGED, MIRRORED, COPIED = "averaged", "mirrored", "copied"
@@ -130,8 +130,8 @@ def pair(raw_model, average_model, add_beside, copies_statistics, compensated):
     Raises:
         ValueError: If the architectures differ, or the models share a variable.
     """
-    cloning.check_disjoint(raw_model, average_model)
-    weights = cloning.pair_weights(raw_model, average_model)
+    check_disjoint(raw_model, average_model)
+    weights = pair_weights(raw_model, average_model)
     untrained = {id(v) for v in keras_internals.untrained_weights(average_model)}
     pairs = []
     for raw, average in weights:

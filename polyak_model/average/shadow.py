@@ -89,15 +89,12 @@ class Shadow(keras.layers.Layer):
             inputs: Symbolic inputs of the models, to check that both have the
                 same outputs; or None.
         """
-        with backend.device(self.device):
-            cloning.build_like(raw_model, self.model)
         copies_statistics = self.non_trainable == "copy"
         pairing = pair(raw_model, self.model, self._add_beside, copies_statistics, self.compensated)
         backend.assign((p.average, p.raw) for p in pairing.pairs)
         backend.assign((master, average) for average, master in pairing.from_masters())
         cloning.copy_outside_weights(raw_model, self.model)
-        if not cloning.has_empty_table(raw_model):
-            clone_check.check_same_outputs(raw_model, self.model, inputs)
+        clone_check.check_same_outputs(raw_model, self.model, inputs)
         keras_internals.report_penalties(self.model, pairing.penalized)
         self.pairing = pairing
         self.built = True

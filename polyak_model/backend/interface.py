@@ -44,6 +44,8 @@ MODULES = {
         "strategy_scope",
         "synchronize",
     ),
+    "copying": ("copy_rules", "is_bookkeeping", "is_shared", "track_copies"),
+    "generators": ("unchanged_generators",),
     "checks": ("check_compilation", "check_method", "check_placement"),
 }
 
@@ -344,4 +346,51 @@ def check_method(model: keras.Model, method: str) -> None:
     Args:
         model: A compiled model.
         method: Name of a method that trains or evaluates.
+    """
+
+
+# copying.py: what copies of models by structure need to know, see `polyak_model.average.copier`.
+
+
+def copy_rules() -> dict[type, Callable]:
+    """Returns how objects of the backend are copied: rules `(value, copier) -> copy` by class."""
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Returns whether an attribute holds what the backend tracks, such as checkpoint dependencies.
+
+    Args:
+        name: Name of an attribute.
+    """
+
+
+def is_shared(value: Any) -> bool:
+    """Returns whether a value of the backend without a rule is shared with the copy.
+
+    Args:
+        value: A tensor, a dtype, a constant table, a strategy, a dataset, ...
+
+    Raises:
+        TypeError: If it holds variables that cannot be copied.
+    """
+
+
+def track_copies(old: Any, new: Any, copier: Any) -> None:
+    """Tracks in a copy the copies of what the backend tracks in the original.
+
+    Args:
+        old: The original.
+        new: Its copy.
+        copier: The copier that has copied everything else.
+    """
+
+
+# generators.py: the global generators of random numbers.
+
+
+def unchanged_generators() -> contextlib.AbstractContextManager:
+    """While open, code may draw random numbers; afterwards it is as if it had drawn none.
+
+    This concerns the global generators of Python, NumPy, Keras and the backend:
+    what a user draws or creates next is what it would have been.
     """

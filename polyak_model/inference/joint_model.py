@@ -46,13 +46,13 @@ class JointModel(
         Args:
             execution: Dict with `run_eagerly`, `jit_compile` and
                 `steps_per_execution`.
-            make_arguments: `() ->` unshared arguments of `keras.Model.compile`.
+            make_arguments: `route ->` unshared arguments of `keras.Model.compile`.
                 Defaults to None: the models score themselves by a `test_step`
                 of their own, with the metrics that they have.
         """
         self.compile(optimizer=None, **execution)
         self._scores = {
-            route: self._make_scores(route, make_arguments()) if make_arguments else models[0]
+            route: self._make_scores(route, make_arguments(route)) if make_arguments else models[0]
             for route, models in ((route, self._models(route)) for route in self.routes)
         }
 

@@ -4,9 +4,9 @@ import inspect
 import threading
 
 import keras
-from keras import tree
 
 from polyak_model import backend
+from polyak_model.average.cloning import copy_unshared
 from polyak_model.backend import keras_internals
 from polyak_model.errors import check_choice
 from polyak_model.inference.joint_model import JointModel, build_metrics
@@ -110,10 +110,14 @@ class Router:
 
     def _compile_evaluator(self, model):
         arguments = dict(keras_internals.compile_arguments(self.raw), optimizer=None)
+
+        def make_arguments(route):
+            # A metric or loss may refer to layers of the model that it scores.
+            scored = self.shadow.model if route == "average" else self.raw
+            return copy_unshared(arguments, self.raw, scored)
+
         scores_itself = self._own_scoring() is not None
-        model.compile_routes(
-            self._execution(), None if scores_itself else lambda: _fresh(arguments)
-        )
+        model.compile_routes(self._execution(), None if scores_itself else make_arguments)
 
     def _execution(self):
         return {
@@ -134,19 +138,18 @@ class Router:
         settings = keras_internals.compile_arguments(raw)
         # Keras cannot load a model that was compiled without an optimizer; plain SGD has no state.
         settings["optimizer"] = keras.optimizers.SGD()
-        if type(raw).compile is keras.Model.compile:
-            average.compile(**_fresh(settings))
-        elif kwargs is not None:
-            average.compile(*_fresh(args), **_fresh(kwargs))
+        if kwargs is not None and type(raw).compile is not keras.Model.compile:
+            args, kwargs = copy_unshared((args, kwargs), raw, average)
+            average.compile(*args, **kwargs)
         elif _takes(raw.compile, settings):
-            average.compile(**_fresh(settings))
+            average.compile(**copy_unshared(settings, raw, average))
         else:
             average.compiled = False  # It may have compiled itself, with its defaults.
         self._predictors, self._evaluators = {}, {}
 
-    def check_metrics(self, arguments):
-        """Raises `ValueError` if metrics among the arguments of `compile` cannot be copied."""
-        _fresh(arguments, stateful=keras.metrics.Metric)
+    def check_arguments(self, arguments):
+        """Raises `ValueError` if arguments of `compile` cannot be copied for the average."""
+        copy_unshared(arguments, self.raw, self.raw)
 
     def build_metrics(self, data):
         """Creates what the metrics of the raw model create at their first batch.
@@ -190,20 +193,3 @@ def _takes(compile_model, settings):
     own = inspect.signature(compile_model).parameters.values()
     known = {*inspect.signature(keras.Model.compile).parameters, *settings}
     return all(each.name in known for each in own if each.kind is not each.VAR_KEYWORD)
-
-
-def _fresh(arguments, stateful=(keras.metrics.Metric, keras.optimizers.Optimizer)):
-    # These hold state, so no two models may share one.
-    def fresh(value):
-        if not isinstance(value, stateful):
-            return value
-        try:
-            return type(value).from_config(value.get_config())
-        except Exception as error:
-            raise ValueError(
-                f"'{value.name}' of class {type(value).__name__} cannot be copied, and each route "
-                "needs one of its own. Give the class a `get_config()` that holds all its "
-                f"constructor arguments. Keras says: {error}"
-            ) from error
-
-    return tree.map_structure(fresh, arguments)

@@ -14,6 +14,7 @@ import keras
 from keras import tree
 
 from polyak_model.backend.keras_internals import backup_position
+from polyak_model.saving.score_record import read_record, write_record
 from polyak_model.weight_files.atomic_write import atomic_file
 
 
