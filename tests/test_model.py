@@ -466,12 +466,27 @@ def test_averaging_before_building_is_refused(method):
         getattr(model, method)()
 
 
-def test_a_metric_that_cannot_be_copied_is_refused_by_name_before_anything_changes():
-    class Opaque(keras.metrics.Mean):
+def test_a_metric_needs_no_config_to_be_reported_by_every_route(batches):
+    class Scaled(keras.metrics.MeanMetricWrapper):
         def __init__(self, scale):
+            super().__init__(lambda y, outputs: scale * keras.ops.max(outputs, axis=-1), "scaled")
+
+    model = PolyakModel(make_classifier(), 0.5, report=("average", "raw", "ensemble"))
+    model.compile("sgd", CROSSENTROPY, metrics=[Scaled(2)])
+    model.fit(*batches, batch_size=4, verbose=0)
+    logs = model.evaluate(*batches, verbose=0, return_dict=True)
+    for route, prefix in (("average", ""), ("raw", "raw_"), ("ensemble", "ensemble_")):
+        outputs = model.predict(batches[0], using=route, verbose=0)
+        assert logs[f"{prefix}scaled"] == pytest.approx(2 * outputs.max(-1).mean(), rel=1e-5)
+
+
+def test_a_metric_that_cannot_be_copied_is_refused_before_anything_changes():
+    class Opaque(keras.metrics.Mean):
+        def __init__(self):
             super().__init__(name="opaque")
+            self.stream = iter([1, 2])
 
     model = PolyakModel(make_classifier())
-    with pytest.raises(ValueError, match="'opaque' of class Opaque cannot be copied"):
-        model.compile("sgd", CROSSENTROPY, metrics=[Opaque(2)])
+    with pytest.raises(ValueError, match="cannot be copied.*stream"):
+        model.compile("sgd", CROSSENTROPY, metrics=[Opaque()])
     assert not model.raw_model.compiled

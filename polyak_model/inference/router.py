@@ -4,6 +4,7 @@ import inspect
 import threading
 
 import keras
+from keras import tree
 
 from polyak_model import backend
 from polyak_model.average.cloning import copy_unshared
@@ -114,7 +115,11 @@ class Router:
         def make_arguments(route):
             # A metric or loss may refer to layers of the model that it scores.
             scored = self.shadow.model if route == "average" else self.raw
-            return copy_unshared(arguments, self.raw, scored)
+            copies = copy_unshared(arguments, self.raw, scored)
+            for copy in tree.flatten(copies):
+                if isinstance(copy, keras.Metric):
+                    copy.reset_state()  # Keras does so only once it has built all metrics.
+            return copies
 
         scores_itself = self._own_scoring() is not None
         model.compile_routes(self._execution(), None if scores_itself else make_arguments)
