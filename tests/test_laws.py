@@ -148,7 +148,6 @@ def test_law_2_holds_while_fitting_at_a_learning_rate_of_zero(rule, mode, batche
 # Law 3
 
 
-@pytest.mark.slow
 def test_law_3_answering_saving_and_summarising_change_no_weight(mode, batches, tmp_path, capsys):
     model = PolyakModel(
         compile_classifier(make_classifier(), **mode), 0.9, report=("average", "raw", "ensemble")
@@ -420,7 +419,6 @@ def train_for_law_10(make, batches, wrap, **mode):
     return inner, logbook.pages
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_law_10_the_wrapper_trains_exactly_as_the_bare_model_does(make, mode, batches):
     bare, bare_logs = train_for_law_10(make, batches, wrap=False, **mode)

@@ -201,7 +201,7 @@ def test_operations_after_an_update_see_it(compiler):
     np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_operations_after_an_update_see_it_where_xla_clusters_parts_of_a_graph():
     test = f"{__file__}::{test_operations_after_an_update_see_it.__name__}"
     flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"

@@ -13,7 +13,6 @@ import polyak_model
 from polyak_model.cli import app as cli
 from polyak_model.weight_files.reader import open_weights
 
-pytestmark = pytest.mark.without_keras
 HISTORY = "epoch,loss,val_loss\n0,3,0.5\n1,2,0.3\n2,1,0.4\n"
 
 
@@ -179,6 +178,7 @@ def run_process(folder, program, **options):
     )
 
 
+@pytest.mark.processes
 def test_neither_keras_nor_tensorflow_is_imported(folder):
     program = (
         "import sys; from polyak_model.cli.app import main\n"
@@ -190,6 +190,7 @@ def test_neither_keras_nor_tensorflow_is_imported(folder):
     assert done.stderr == ""
 
 
+@pytest.mark.processes
 def test_a_bar_is_drawn_only_on_a_terminal_and_only_after_a_while(folder):
     def shown(patience):
         program = (

@@ -83,6 +83,7 @@ def test_names_cannot_command_the_terminal(saved, run, tmp_path):
     assert run("inspect", path).replace("\n", "").isprintable()
 
 
+@pytest.mark.processes
 def test_neither_keras_nor_tensorflow_is_imported(saved):
     program = (
         "import sys; from polyak_model.cli.app import main; code = main(sys.argv[1:]); "

@@ -8,6 +8,8 @@ from kinds import RULE, Kind, Trained, assert_same_state, check_average, check_p
 
 from polyak_model import PolyakModel
 
+pytestmark = pytest.mark.zoo
+
 TOKENS = np.random.default_rng(0).integers(1, 20, size=(8, 6)).astype("int32")
 SIZES = {
     "vocabulary_size": 20,
@@ -43,7 +45,6 @@ LANGUAGE_MODEL = Kind(
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CLASSIFIER, LANGUAGE_MODEL])
 def test_a_model_of_keras_hub_trains_as_by_the_fit_of_keras_and_is_averaged(kind, tmp_path):
     wrapped = Trained(kind, wrap=True)
@@ -73,7 +74,6 @@ def test_the_average_is_scored_by_the_loss_that_keras_hub_chose():
     assert isinstance(model.average_model.loss, keras.losses.CategoricalHinge)
 
 
-@pytest.mark.slow
 def test_the_average_of_a_language_model_generates():
     model = PolyakModel(make_language_model(), RULE)
     model.compile("adam", LOSS, sampler="greedy")

@@ -9,11 +9,6 @@ from polyak_model.weight_files.npz import load_held_out
 X, Y = np.arange(6.0).reshape(3, 2), np.arange(3)
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Skips clearing the state of Keras, which is slow and not needed here."""
-
-
 @pytest.fixture
 def load(tmp_path):
     """Saves arrays and loads them."""

@@ -6,11 +6,6 @@ from polyak_model.weight_files.safe_config import check_config
 DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}}
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
-
-
 def is_function(module, name):
     return (module, name) in {("activations", "tanh"), ("ops", "cos")}
 

@@ -94,6 +94,7 @@ def write(path, ending):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal and no such locks")
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(path):
     with write(path, "killed") as process:
