@@ -50,14 +50,16 @@ def flatten_layers(layer, include_self=True):
     return list(layer._flatten_layers(include_self=include_self))
 
 
-def forward(model, x):
+def forward(model, *args, **kwargs):
     """Calls a model as `predict` does, with `training=False` where it takes that.
 
     Args:
         model: A `keras.Model`.
-        x: Its inputs.
+        *args: Its inputs, and other arguments of its `call`.
+        **kwargs: Likewise, by name.
     """
-    return model(x, training=False) if model._call_has_training_arg else model(x)
+    mode = {"training": False} if model._call_has_training_arg else {}
+    return model(*args, **kwargs, **mode)
 
 
 def is_functional(model):

@@ -36,6 +36,7 @@ class JointModel(
         self.combine = combine
         self._prepare = prepare
         self._scores = {}
+        self.supports_masking = raw.supports_masking
         self.built = True  # Its weights are those of the two models.
         if hasattr(raw, "output_names"):
             self.output_names = raw.output_names
@@ -64,8 +65,11 @@ class JointModel(
     def _models(self, route):
         return {"raw": [self.raw], "average": [self.average]}.get(route, [self.raw, self.average])
 
-    def call(self, inputs):
-        return self._output(lambda model: keras_internals.forward(model, inputs))
+    def call(self, inputs, *args, **kwargs):
+        return self._output(lambda model: keras_internals.forward(model, inputs, *args, **kwargs))
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.raw.compute_mask(inputs, previous_mask)
 
     def _output(self, call):
         outputs = [call(model) for model in self._models(self.routes[0])]
