@@ -26,8 +26,8 @@ def optimizers_of(model):
 
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     >>> model.optimizers = {"slow": keras.optimizers.SGD(), "fast": [keras.optimizers.Adam()]}
-    >>> [optimizer.name for optimizer in optimizers_of(model)]
-    ['sgd', 'adam']
+    >>> [type(optimizer).__name__ for optimizer in optimizers_of(model)]
+    ['SGD', 'Adam']
     """
     found, seen, readers, waiting = [], set(), {}, [model]
     while waiting:
