@@ -93,7 +93,8 @@ def test_json_has_the_same_content_as_the_text(saved, run, ending):
     content = json.loads(run("inspect", "--json", path))
     assert content["file"] == str(path)
     assert content["parameters"] == sum(each["parameters"] for each in content["variables"]) == 54
-    assert content["optimizer"] == {"names": ["adam"], "variables": 14, "parameters": 94}
+    assert [content["optimizer"][key] for key in ("variables", "parameters")] == [14, 94]
+    assert content["optimizer"]["names"][0].startswith("adam")
     (average,) = content["averages"]
     assert (average["path"], average["step"]) == ("", 3)
     assert average["rule"]["config"]["decay"] == 0.5
