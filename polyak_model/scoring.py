@@ -65,7 +65,7 @@ class Scorer:
         self.metric = metric
         self._data = data
         self._batch_size = batch_size
-        self._compile_config = model.get_compile_config() if model.compiled else None
+        self._make_config = model.get_compile_config() if model.compiled else None
         # Its state belongs to the weights in the file, not to those that are scored.
         model.optimizer = None
         known = {}
@@ -158,8 +158,8 @@ class Scorer:
             path: A `.keras` or `.weights.h5` file.
         """
         self.model.compiled = False
-        if self._compile_config is not None:
-            self.model.compile_from_config(self._compile_config)
+        if self._make_config is not None:
+            self.model.compile_from_config(self._make_config)
         if str(path).endswith(".keras"):
             self.model.save(path)
         else:

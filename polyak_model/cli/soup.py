@@ -90,7 +90,7 @@ def soup(
         from polyak_model.scoring import Scorer, load_model
 
         scorer = Scorer(load_model(model, config), held_out, metric, batch_size)
-        cooked = _cook(scorer, candidates, mode or _direction(scorer, metric), update)
+        cooked = _cook(scorer, candidates, mode or _find_mode(scorer, metric), update)
         scorer.assign(cooked.weights)
         with write_errors_in_one_line(), atomic_file(output) as partial:
             scorer.save(partial)
@@ -133,7 +133,7 @@ def _check_ending(path, argument, endings):
         )
 
 
-def _direction(scorer, metric):
+def _find_mode(scorer, metric):
     mode = scorer.direction()
     if mode is None:
         raise InputError(
