@@ -55,14 +55,21 @@ class Copier:
         """
         with backend.lift():
             copy = self.whole(value)
-            _empty(self._last)
+            self._empty(self._last)
         return copy
 
     def whole(self, value):
         """Returns the copy of a value for code that reads it at once."""
+        place = self._place
         copy = self(value)
-        _empty(self._queue)
+        self._empty(self._queue)
+        self._place = place
         return copy
+
+    def _empty(self, tasks):
+        while tasks:
+            self._place, task = tasks.popleft()
+            task()
 
     def __call__(self, value):
         """Returns the copy of a value, whose parts may be missing until `run` is over."""
@@ -80,11 +87,11 @@ class Copier:
 
     def later(self, task, *args):
         """Calls `task(*args)` once the value under way has a copy."""
-        self._queue.append(functools.partial(task, *args))
+        self._queue.append((self._place, functools.partial(task, *args)))
 
     def at_the_end(self, task, *args):
         """Calls `task(*args)` once everything else has been copied."""
-        self._last.append(functools.partial(task, *args))
+        self._last.append((self._place, functools.partial(task, *args)))
 
     def known(self, originals):
         """Returns the copies of those originals that have been copied."""
@@ -123,11 +130,6 @@ class Copier:
     def refuse(self, value, reason):
         """Raises `TypeError` for a value that cannot be copied."""
         raise TypeError(f"{self._place} holds {_name(value)}, which cannot be copied: {reason}.")
-
-
-def _empty(tasks):
-    while tasks:
-        tasks.popleft()()
 
 
 def _name(value):
