@@ -110,12 +110,14 @@ class Copier:
 
     def set_attributes(self, old, new, attributes):
         """Sets the copies of some attributes of the original, a dict by name."""
+        place = self._place
         for name, value in attributes.items():
             if not backend.copying.is_bookkeeping(name):
                 self._place = f"The attribute `{name}` of {_name(old)}"
                 copy = self(value)
                 if copy is not LEFT_OUT:
                     vars(new)[name] = copy
+        self._place = place
         if attributes:
             self.at_the_end(backend.copying.track_copies, old, new, self)
 
