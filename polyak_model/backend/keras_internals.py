@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 
 import keras
+from keras.src.backend import compute_output_spec
 from keras.src.models import Functional
 
 _penalizing = contextvars.ContextVar("penalizing", default=False)
@@ -36,6 +37,19 @@ def forward(model, x):
         x: Its inputs.
     """
     return model(x, training=False) if model._call_has_training_arg else model(x)
+
+
+def build_on_placeholders(model, inputs):
+    """Creates the weights of a model as `fit` does, which calls it on tensors without values.
+
+    Calling the model itself on symbolic tensors asks more of its layers.
+
+    Args:
+        model: A `keras.Model`.
+        inputs: What it takes, a `keras.KerasTensor` or a nested structure of
+            them.
+    """
+    compute_output_spec(lambda x: forward(model, x), inputs)
 
 
 def is_functional(model):
