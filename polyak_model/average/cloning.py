@@ -39,7 +39,7 @@ def clone_model(model, clone_function=None):
 
     >>> student = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> teacher = clone_model(student)
-    >>> student.layers[0].bias.assign([1.0, 2.0])
+    >>> student.set_weights([weight + 1 for weight in student.get_weights()])
     >>> teacher.layers[0].bias.numpy().tolist()
     [0.0, 0.0]
     """
