@@ -72,7 +72,10 @@ def test_a_file_of_that_name_is_replaced(run):
         (["wrapper.keras", "-o", "a.keras", "--contents", "both"], "Received: 'both'. Try --cont"),
         (["none.keras", "-o", "out.keras"], "'none.keras': No such file"),
         (["out.csv", "-o", "out.keras"], "its name must end in one of"),
-        (["plain.weights.h5", "-o", "out.weights.h5"], "'plain.weights.h5': it contains no average"),
+        (
+            ["plain.weights.h5", "-o", "out.weights.h5"],
+            "'plain.weights.h5': it contains no average",
+        ),
         (["broken.keras", "-o", "out.keras"], "'broken.keras'"),
     ],
 )
