@@ -8,7 +8,7 @@ DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
+    """Skips clearing the state of Keras, which is slow and not needed here."""
 
 
 def is_function(module, name):
@@ -36,7 +36,7 @@ def make_function(module, name):
         make_function("keras.ops", "cos"),
     ],
 )
-def test_what_keras_brings_along_is_accepted(config):
+def test_objects_of_keras_are_accepted(config):
     check(config)
 
 
