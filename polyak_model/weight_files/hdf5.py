@@ -1,8 +1,8 @@
-"""HDF5 files by strangers: what they contain is listed, and nothing else is opened or executed.
+"""Lists the tensors of an untrusted HDF5 file.
 
-HDF5 can refer to other files, declare tensors that are not there, nest without
-end and unpack kilobytes to gigabytes. Keras's weight files do none of that, so
-whatever does is refused.
+HDF5 can refer to other files, declare tensors that are not there, nest endlessly
+and unpack kilobytes to gigabytes. Weight files of Keras do not, so a file that
+does is refused.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""`.keras` files by strangers: zip archives that are checked before anything is unpacked."""
+"""Opens untrusted `.keras` files, zip archives, and checks them before anything is unpacked."""
 
 import contextlib
 import io

@@ -22,7 +22,7 @@ _MODULES = {
     "regularizers",
 }
 _FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "regularizers")
-# The code of these layers is not in Keras but in the file or beside it.
+# The code of these layers is not in Keras but in the file or in another one.
 _FOREIGN = {"FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"}
 _VALUES = {
     "__bytes__",

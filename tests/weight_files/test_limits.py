@@ -105,7 +105,7 @@ assert grown < 300 * 1024, f"{{grown / 1024:.0f}} MB"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
-def test_what_is_not_used_in_held_out_data_is_not_read(tmp_path):
+def test_unused_arrays_of_held_out_data_are_not_read(tmp_path):
     path = tmp_path / "data.npz"
     np.savez(path, x=np.ones((3, 2)), y=np.ones(3))
     size = 600 * MEGABYTE
@@ -263,7 +263,7 @@ def test_quantized_files_are_refused_by_the_name_of_the_variable(tmp_path, endin
     assert not output.exists()
 
 
-def test_files_with_equal_integers_beside_floats_are_averaged(tmp_path):
+def test_files_with_equal_integers_are_averaged(tmp_path):
     paths = [write_hdf5(tmp_path / f"{n}.weights.h5", quantized(1, 1.0 + n)) for n in range(2)]
     average_files(paths, tmp_path / "out.weights.h5")
     with open_weights(tmp_path / "out.weights.h5") as weights:
