@@ -418,7 +418,7 @@ print(tracemalloc.get_traced_memory()[1])
     assert int(run(program, tmp_path).stdout) < 20 * 2**20 < array.nbytes
 
 
-def test_progress_is_told_up_to_the_end(tmp_path):
+def test_progress_is_reported_up_to_the_end(tmp_path):
     array = np.zeros(600_000, "float32")
     paths = [
         write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array, "vars/1": np.ones(2, "int8")})
@@ -457,3 +457,15 @@ def test_the_file_of_a_polyak_model_is_refused_for_it_holds_two_models(tmp_path)
 def make_wrapper(path):
     groups = ("average_model/layers/dense", "layers/sequential/layers/dense", "layers/shadow")
     return write_hdf5(path, {f"{group}/vars/0": np.zeros(2) for group in groups})
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_models_that_keras_quantized_are_refused(tmp_path, mode):
+    paths = []
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model.layers[0].quantize(mode)
+        paths.append(tmp_path / f"{seed}.keras")
+        model.save(paths[-1])
+    check_refused(paths, tmp_path / "out.keras", "'layers/dense/vars/0' is quantized to int8")

@@ -183,7 +183,7 @@ def test_no_code_from_a_file_is_run(tmp_path, monkeypatch, refused):
         "config": "spring",
     }
     message = refused(load_model, tmp_path / "a.keras", config)
-    assert "it needs 'spring' of 'trap', which is no part of Keras" in message
+    assert "it needs 'spring' of 'trap', which is not part of Keras" in message
     assert "trap" not in sys.modules
 
 

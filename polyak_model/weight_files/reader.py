@@ -20,7 +20,7 @@ from polyak_model.weight_files.keras_archive import (
 from polyak_model.weight_files.refusal import in_one_line, opened, refusal, refusing
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
-_LONGEST_MAP = 32 * 2**20
+_LONGEST_MAP = 16 * 2**20
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ class Held(keras.Model):
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_layers_of_keras_are_found_wherever_they_are(tmp_path, ending):
+def test_layers_of_keras_are_found_at_any_depth(tmp_path, ending):
     model = Held()
     model(np.zeros((2, 2)))
     path = tmp_path / f"a{ending}"
@@ -44,14 +44,14 @@ def test_layers_of_keras_are_found_wherever_they_are(tmp_path, ending):
         ("layers/my_batch_normalization_head", False),
     ],
 )
-def test_groups_are_told_by_their_names(tmp_path, group, found):
+def test_groups_are_recognized_by_their_names(tmp_path, group, found):
     path = write_hdf5(tmp_path / "a.weights.h5", {f"{group}/vars/0": np.zeros(2)})
     assert find(path) == ([group] if found else [])
 
 
 @pytest.mark.without_keras
 @pytest.mark.parametrize("name", ["BatchNormalization", "SyncBatchNormalization"])
-def test_layers_are_told_by_their_class_in_a_configuration(tmp_path, name):
+def test_layers_are_recognized_by_their_class_in_a_config(tmp_path, name):
     layers = [{"class_name": name, "config": {"name": "bn"}}, {"class_name": "Dense"}]
     config = CONFIG | {"config": {"layers": [{"config": {"layers": layers}}]}}
     assert find(write_keras(tmp_path / "a.keras", config=config)) == ["bn"]
@@ -60,7 +60,7 @@ def test_layers_are_told_by_their_class_in_a_configuration(tmp_path, name):
 
 @pytest.mark.without_keras
 @pytest.mark.parametrize("config", [None, 7, [], {"name": 3}])
-def test_a_configuration_of_another_form_does_no_harm(tmp_path, config):
+def test_a_malformed_config_does_no_harm(tmp_path, config):
     layers = [{"class_name": "BatchNormalization", "config": config}, {"class_name": []}, None]
     path = write_keras(tmp_path / "a.keras", config={"layers": layers})
     assert len(find(path)) == 1

@@ -8,7 +8,7 @@ DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
+    """Skips clearing the state of Keras, which is slow and not needed here."""
 
 
 def is_function(module, name):
@@ -36,7 +36,7 @@ def make_function(module, name):
         make_function("keras.ops", "cos"),
     ],
 )
-def test_what_keras_brings_along_is_accepted(config):
+def test_objects_of_keras_are_accepted(config):
     check(config)
 
 
@@ -67,7 +67,7 @@ def test_what_keras_brings_along_is_accepted(config):
         (make_function(None, "tanh"), "'tanh'"),
     ],
 )
-def test_what_would_run_code_of_others_is_refused(config, needed):
+def test_a_config_that_would_run_other_code_is_refused(config, needed):
     for hidden in (config, {"config": {"activation": config}}, {"build_config": [[config]]}):
         with pytest.raises(InputError, match=needed) as caught:
             check(hidden)

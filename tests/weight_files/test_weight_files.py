@@ -210,3 +210,48 @@ def test_a_variable_in_two_shards_is_refused(tmp_path):
     with h5py.File(tmp_path / shards[1], "a") as file:
         file["layers/dense/vars/0"] = np.zeros(3)
     assert "is in two of its shards" in refused(path)
+
+
+def write_weights_of_keras_2(path, layer_names):
+    """Writes weights alone in the layout of Keras 2, which splits a long list of names."""
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"backend": "tensorflow", "keras_version": "2.13.1"})
+        if layer_names == "layer_names":
+            del file.attrs["keras_version"]
+        file.attrs[layer_names] = [b"dense", b"relu"]
+        file["dense/dense/kernel:0"] = np.zeros((2, 3))
+        file["dense"].attrs["weight_names"] = [b"dense/kernel:0"]
+        file.create_group("relu").attrs["weight_names"] = np.array([])
+
+
+@pytest.mark.parametrize("layer_names", ["layer_names", "layer_names0"])
+def test_weights_in_the_layout_of_keras_2_are_refused_with_the_way_out(tmp_path, layer_names):
+    path = tmp_path / "a.weights.h5"
+    write_weights_of_keras_2(path, layer_names)
+    line = refused(path)
+    assert "it has the layout of Keras 2" in line
+    assert "model.load_weights if it contains weights alone, and save the model as .keras" in line
+    assert "damaged" not in line
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_in_the_layout_of_keras_2_is_refused_with_the_way_out(model, tmp_path, compiled):
+    layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.ReLU()]
+    legacy = keras.Sequential(layers)
+    if compiled:
+        legacy.compile("adam", "mse")
+    legacy.save(tmp_path / "a.h5")
+    (tmp_path / "a.h5").rename(tmp_path / "a.weights.h5")
+    line = refused(tmp_path / "a.weights.h5")
+    assert "it has the layout of Keras 2" in line
+    # The way out leads out.
+    (tmp_path / "a.weights.h5").rename(tmp_path / "a.h5")
+    keras.models.load_model(tmp_path / "a.h5", compile=False).save(tmp_path / "a.keras")
+    with open_weights(tmp_path / "a.keras") as weights:
+        assert len(weights.variables) == 2
+
+
+@pytest.mark.parametrize("name", ["run", "run.h5", "a.weights.h5", "a.keras", "a.npz"])
+def test_a_folder_is_called_a_folder_whatever_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert "it is a folder. Name a file in it." in refused(tmp_path / name)
