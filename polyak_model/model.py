@@ -13,7 +13,12 @@ from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router, check_report, check_route
 from polyak_model.saving import layout
-from polyak_model.training_checks import check_clone_function, check_model, check_optimizers
+from polyak_model.training_checks import (
+    check_clone_function,
+    check_counts_steps,
+    check_model,
+    check_optimizers,
+)
 
 # The rules themselves import no Keras.
 for _rule in (
@@ -421,6 +426,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
 
     def _train_batch(self, data):
         self._start_on_batch(data)
+        check_counts_steps(self.raw_model)
         before = backend.optimizer_step(self.raw_model)
         # A MultiOptimizer may have chosen its optimizers only now.
         check_optimizers(self.raw_model.optimizer)
