@@ -11,7 +11,7 @@ from rich.progress import Progress
 def show_progress(description, quiet=False):
     """Shows a progress bar on stderr while the block runs, and erases it at the end.
 
-    Nothing is shown where stderr is not a terminal.
+    Nothing is shown unless stderr is a terminal that can move its cursor.
 
     Args:
         description: A string, what is being done.
@@ -21,12 +21,10 @@ def show_progress(description, quiet=False):
         `update(share, description)`: sets the share done, a float in [0, 1], and
         the description. Until its first call the bar pulses.
     """
-    bar = Progress(
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,
-        disable=quiet or not sys.stderr.isatty(),
-    )
+    console = Console(stderr=True)
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    is_hidden = quiet or not sys.stderr.isatty() or console.is_dumb_terminal
+    bar = Progress(console=console, transient=True, redirect_stdout=False, disable=is_hidden)
     with bar:
         task = bar.add_task(description, total=None)
 
