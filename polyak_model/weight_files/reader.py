@@ -98,9 +98,10 @@ def find_kind(path):
     kind = next((ending for ending in ENDINGS if str(path).endswith(ending)), None)
     if kind is None:
         expected = ", ".join(ENDINGS)
-        raise refusal(
-            path, f"its name must end in one of {expected}", "Save it with Keras under such a name"
-        )
+        remedy = "Save it with Keras under such a name"
+        if str(path).endswith((".h5", ".hdf5")):
+            remedy = "Load it with keras.models.load_model and save the model as .keras"
+        raise refusal(path, f"its name must end in one of {expected}", remedy)
     return kind
 
 

@@ -244,6 +244,14 @@ def test_a_written_folder_replaces_the_old_one(tmp_path, former):
     assert names(tmp_path) == ["served"]
 
 
+@posix
+def test_a_replaced_folder_hands_on_its_mode(tmp_path):
+    write_folder(tmp_path / "served", "old")
+    (tmp_path / "served").chmod(0o750)
+    write_folder(tmp_path / "served")
+    assert permissions(tmp_path / "served")[0] == 0o750
+
+
 def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
     write_folder(tmp_path / "v1", "old")
     (tmp_path / "latest").symlink_to("v1")

@@ -127,6 +127,11 @@ def test_another_ending_is_refused(name):
         find_kind(name)
 
 
+def test_a_file_named_h5_is_refused_with_the_way_out():
+    with pytest.raises(InputError, match=r"load_model and save the model as .keras"):
+        find_kind("a.h5")
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_missing_file_and_a_folder_are_refused(tmp_path, ending):
     assert "No such file or directory. Check the path" in refused(tmp_path / f"a{ending}")
@@ -235,7 +240,7 @@ def test_weights_in_the_layout_of_keras_2_are_refused_with_the_way_out(tmp_path,
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_in_the_layout_of_keras_2_is_refused_with_the_way_out(model, tmp_path, compiled):
+def test_a_model_in_the_layout_of_keras_2_is_refused_with_the_way_out(tmp_path, compiled):
     layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.ReLU()]
     legacy = keras.Sequential(layers)
     if compiled:
