@@ -14,7 +14,7 @@ from polyak_model import PolyakModel, PowerAverage
 from polyak_model.saving import layout
 from polyak_model.saving.saveable_model import size_in_file, state_variables
 
-FORMATS = pathlib.Path(__file__).with_name("formats")
+FORMATS = pathlib.Path(__file__).parents[1] / "formats"
 
 
 def make_model():

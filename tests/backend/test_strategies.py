@@ -481,7 +481,8 @@ def run_workers(folder):
         for free in (one, other):
             free.bind(("127.0.0.1", 0))
         addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other)]
-    tests = pathlib.Path(__file__).parent
+    tests = pathlib.Path(__file__).parents[1]
+    helpers = tests / "helpers"
     workers, logs = [], []
     try:
         for index in range(2):
@@ -489,10 +490,10 @@ def run_workers(folder):
             environment = {
                 **os.environ,
                 "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
-                "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+                "PYTHONPATH": os.pathsep.join([str(tests.parent), str(helpers)]),
                 "CUDA_VISIBLE_DEVICES": "-1",
             }
-            command = [sys.executable, str(tests / "strategy_worker.py"), str(folder), str(index)]
+            command = [sys.executable, str(helpers / "strategy_worker.py"), str(folder), str(index)]
             logs.append((folder / f"worker{index}.log").open("w+"))
             workers.append(
                 subprocess.Popen(command, env=environment, stdout=logs[-1], stderr=logs[-1])

@@ -1,6 +1,6 @@
 """Averages damaged files, in a separate process, since HDF5 could crash or hang.
 
-    python tests/fuzz_worker.py FOLDER .keras 0 1000
+    python tests/helpers/fuzz_worker.py FOLDER .keras 0 1000
 
 Each seed damages one file of the kind in FOLDER and averages it with an intact one.
 Prints how many averages were written and how many refused. Any other outcome,

@@ -13,7 +13,7 @@ from models import make_compiled
 from polyak_model import PolyakModel
 from polyak_model.saving.score_record import read_record
 
-WORKER = pathlib.Path(__file__).with_name("kill_worker.py")
+WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "kill_worker.py"
 
 
 @pytest.mark.slow
