@@ -64,7 +64,7 @@ def complete_clone(model, clone):
         clone: Its clone, of the same class. It stays the same object, compiled
             or not.
     """
-    for name in filter(backend.copying.is_bookkeeping, list(vars(clone))):
+    for name in filter(backend.is_bookkeeping, list(vars(clone))):
         del vars(clone)[name]  # It refers to layers that are about to be replaced.
     copier = Copier([(model, clone)])
     copier.later(structure.fill_model, model, clone, copier)
