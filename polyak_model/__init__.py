@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
     from polyak_model.average.batch_norm import refresh_statistics
+    from polyak_model.average.cloning import clone_model
     from polyak_model.callbacks import AverageCheckpoint
     from polyak_model.model import PolyakModel
     from polyak_model.rules import (
@@ -27,12 +28,14 @@ __all__ = [
     "PowerAverage",
     "Rule",
     "UniformAverage",
+    "clone_model",
     "refresh_statistics",
     "rescale_decay",
 ]
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
     "PolyakModel": "polyak_model.model",
+    "clone_model": "polyak_model.average.cloning",
     "refresh_statistics": "polyak_model.average.batch_norm",
 }
 

@@ -1,4 +1,4 @@
-"""`python -m polyak_model` is the command `polyak-model`."""
+"""`python -m polyak_model` runs the command `polyak-model`."""
 
 import sys
 

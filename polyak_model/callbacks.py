@@ -136,7 +136,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if self.save_best_only and self.mode == "auto":
             # Metrics are not built before the first batch.
-            self.mode = self._direction()
+            self.mode = self._find_mode()
         self._training_logs = logs or {}
         # With steps_per_execution, one call stands for several batches.
         self._unsaved += batch - self._last_batch
@@ -185,7 +185,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
                 return route
         return self.model.inference
 
-    def _direction(self):
+    def _find_mode(self):
         name = self.monitor.removeprefix("val_")
         if name.endswith("loss"):
             return "min"

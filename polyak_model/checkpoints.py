@@ -92,7 +92,7 @@ def average_files(paths, output, weights=None, progress=None):
         copied = [name for name in variables if name not in set(averaged)]
         size = sum(variable.nbytes for variable in variables.values())
         with writing(output, size) as partial, created_weights(partial, like=last) as target:
-            state = [group for groups in find_training_state(last) for group in groups]
+            state = set.union(*find_training_state(last))
             groups = last.attributes.items()
             create_groups(target, {name: a for name, a in groups if not is_inside(name, state)})
             copy(last, {name: name for name in copied}, target)

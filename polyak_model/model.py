@@ -4,6 +4,7 @@ import keras
 from keras import tree
 
 from polyak_model import backend, rules
+from polyak_model.attribute_access import RawAttributes
 from polyak_model.average import batch_norm, clone_check, cloning
 from polyak_model.average.shadow import Shadow
 from polyak_model.backend import keras_internals
@@ -12,7 +13,12 @@ from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router, check_report, check_route
 from polyak_model.saving import layout
-from polyak_model.training_checks import check_clone_function, check_model, check_optimizers
+from polyak_model.training_checks import (
+    check_clone_function,
+    check_counts_steps,
+    check_model,
+    check_optimizers,
+)
 
 # The rules themselves import no Keras.
 for _rule in (
@@ -25,7 +31,7 @@ for _rule in (
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(backend.Trainer, RoutedModel):
+class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
     """Trains a model and keeps the running average of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -129,10 +135,12 @@ class PolyakModel(backend.Trainer, RoutedModel):
         self.raw_model = model
         self.shadow = shadow
         self.clone_function = clone_function
+        self.supports_masking = model.supports_masking
         self._adopted = None
         self._start_if_built()
         if model.compiled:
             self._adopt_compilation()
+        self._wrapped = True
 
     @property
     def average_model(self):
@@ -396,17 +404,29 @@ class PolyakModel(backend.Trainer, RoutedModel):
         self._trainable = bool(value)
         self.raw_model.trainable = value
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, *args, training=None, **kwargs):
         self.shadow.catch_up(training)
         if training:
-            return self.raw_model(inputs)
-        outputs = self._router.predictor(self.inference)(inputs)
+            return self.raw_model(inputs, *args, **kwargs)
+        outputs = self._router.predictor(self.inference)(inputs, *args, **kwargs)
         # In a larger model these would be added to what the raw model is trained on.
         keras_internals.clear_losses(self.shadow.model)
         return outputs
 
+    def compute_mask(self, inputs, previous_mask):
+        return self.raw_model.compute_mask(inputs, previous_mask)
+
+    def quantize(self, *args, **kwargs):
+        """Is refused: quantized weights cannot be averaged."""
+        raise ValueError(
+            "A PolyakModel cannot be quantized, since its average follows the raw weights. "
+            "Quantize a plain model for serving: average = clone_model(model.average_model), then "
+            "average.quantize('int8')."
+        )
+
     def _train_batch(self, data):
         self._start_on_batch(data)
+        check_counts_steps(self.raw_model)
         before = backend.optimizer_step(self.raw_model)
         # A MultiOptimizer may have chosen its optimizers only now.
         check_optimizers(self.raw_model.optimizer)

@@ -1,4 +1,4 @@
-"""A model from a file, scored on held-out data with one set of weights after another."""
+"""Scores a model from a file on held-out data, with one set of weights after another."""
 
 import contextlib
 import types
@@ -7,33 +7,36 @@ import warnings
 import keras
 from keras import tree
 
+from polyak_model.backend.keras_internals import flatten_layers, metric_direction
 from polyak_model.errors import InputError
 from polyak_model.weight_files.refusal import in_one_line, refusal
 from polyak_model.weight_files.safe_config import check_config
 
 
 def load_model(path, config):
-    """Loads a model without running code of others.
+    """Loads a model without running code from the file.
 
     Args:
         path: Path of a `.keras` file.
-        config: What its config.json says.
+        config: Dict, the content of its config.json.
 
     Returns:
         A `keras.Model`.
 
     Raises:
-        InputError: If the model needs more than Keras, or Keras cannot load it.
+        InputError: If the model needs code other than Keras, or Keras cannot
+            load it.
     """
     check_config(config, path, is_function=_is_function)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of the optimizer's state, which is not used.
+            # Keras warns if it cannot restore the optimizer, which is not used here.
+            warnings.simplefilter("ignore")
             model = keras.models.load_model(path, safe_mode=True)
-    except Exception as error:
+    except Exception as error:  # A damaged file makes Keras raise exceptions of any class.
         raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
     if not isinstance(model, keras.Model) or not model.variables:
-        raise refusal(path, "it holds no model with weights", "Save a model that is built")
+        raise refusal(path, "it contains no model with weights", "Save a model that is built")
     return model
 
 
@@ -44,17 +47,17 @@ def _is_function(module, name):
 
 
 class Scorer:
-    """Scores weights of a model by one of its metrics.
+    """Scores weights of a model by one metric.
 
     Args:
-        model: A built `keras.Model`.
+        model: A built `keras.Model`. It is recompiled if it has no such metric.
         data: Tuple `(x, y)` of arrays or lists of arrays.
-        metric: `"loss"`, a metric that the model is compiled with, or one that
-            Keras knows by this name.
+        metric: `"loss"`, the name of a metric that the model is compiled with,
+            or the name of one in Keras.
         batch_size: Int.
 
     Raises:
-        InputError: If the model cannot be scored so.
+        InputError: If the metric cannot be computed for this model and data.
     """
 
     def __init__(self, model, data, metric, batch_size):
@@ -62,12 +65,12 @@ class Scorer:
         self.metric = metric
         self._data = data
         self._batch_size = batch_size
-        self._compilation = model.get_compile_config() if model.compiled else None
-        # Its state belongs to other weights than those that are scored.
+        self._make_config = model.get_compile_config() if model.compiled else None
+        # Its state belongs to the weights in the file, not to those that are scored.
         model.optimizer = None
         known = {}
         if model.compiled:
-            with _blaming_data():
+            with _data_errors():
                 known = self._score_one_example()
         if metric not in known:
             self._compile_with(metric, known)
@@ -79,7 +82,7 @@ class Scorer:
             loss = self.model.loss if known else _no_loss
             self.model.compile(optimizer=None, loss=loss, metrics=[metric])
             found = self._score_one_example()
-        except Exception as error:
+        except Exception as error:  # The metric may not exist, or not fit the targets.
             problem = f"but Keras says: {in_one_line(error)}"
             raise _metric_error(metric, known, problem) from error
         if metric not in found:
@@ -92,48 +95,46 @@ class Scorer:
         return self.model.evaluate(x, y, batch_size=self._batch_size, verbose=0, return_dict=True)
 
     def direction(self):
-        """Returns whether a larger score is better, `"max"`, or a smaller, `"min"`; else None."""
+        """Returns `"max"` if a larger score is better, `"min"` if a smaller one is, or None."""
         if self.metric == "loss":
             return "min"
         metrics = [part for each in self.model.metrics for part in getattr(each, "metrics", [each])]
-        # Keras writes it there for its own callbacks.
-        known = {each.name: getattr(each, "_direction", None) for each in metrics}
-        return {"up": "max", "down": "min"}.get(known.get(self.metric))
+        return {each.name: metric_direction(each) for each in metrics}.get(self.metric)
 
     def read(self, path):
-        """Reads weights of the model; it holds them until others are read or assigned.
+        """Reads weights from a file. The model has them until others are read or assigned.
 
         Args:
             path: A `.weights.h5` or `.keras` file.
 
         Yields:
-            An array for each variable, floats in float64.
+            One array per variable, floats in float64.
 
         Raises:
             InputError: If Keras cannot load the weights.
         """
         try:
             self.model.load_weights(path)
-        except Exception as error:
+        except Exception as error:  # A damaged file makes Keras raise exceptions of any class.
             raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
         for variable in self.model.weights:
             array = variable.numpy()
             yield array.astype("float64") if keras.backend.is_float_dtype(variable.dtype) else array
 
     def assign(self, weights):
-        """Gives the model weights.
+        """Assigns weights to the model.
 
         Args:
             weights: List of arrays, as from `read`.
         """
         for variable, array in zip(self.model.weights, weights, strict=True):
             variable.assign(array)
-        for layer in self.model._flatten_layers():
+        for layer in flatten_layers(self.model):
             if isinstance(layer, keras.layers.Normalization):
-                layer.finalize_state()  # It answers by numbers that it derives from its weights.
+                layer.finalize_state()  # It computes with constants derived from its weights.
 
     def score(self, weights):
-        """Scores weights on all of the data; the model holds them then.
+        """Scores weights on all of the data, and leaves them assigned to the model.
 
         Args:
             weights: List of arrays, as from `read`.
@@ -142,23 +143,23 @@ class Scorer:
             A float.
 
         Raises:
-            InputError: If Keras cannot.
+            InputError: If Keras cannot evaluate the model on the data.
         """
         self.assign(weights)
-        with _blaming_data():
+        with _data_errors():
             return float(self._evaluate(*self._data)[self.metric])
 
     def save(self, path):
-        """Saves the model with the weights that it holds, compiled as it was loaded.
+        """Saves the model with its current weights, compiled as it was loaded.
 
-        The optimizer begins anew.
+        The optimizer is saved without its state.
 
         Args:
             path: A `.keras` or `.weights.h5` file.
         """
         self.model.compiled = False
-        if self._compilation is not None:
-            self.model.compile_from_config(self._compilation)
+        if self._make_config is not None:
+            self.model.compile_from_config(self._make_config)
         if str(path).endswith(".keras"):
             self.model.save(path)
         else:
@@ -174,16 +175,17 @@ def _metric_error(metric, known, problem):
 
 
 @contextlib.contextmanager
-def _blaming_data():
+def _data_errors():
+    """Turns a failure to evaluate the model into an `InputError` about the data."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Each backend raises its own classes for wrong shapes and dtypes.
         raise InputError(
-            f"Cannot score the model on the arrays of `--data`: {in_one_line(error)}. Give it what "
-            "the model takes and what it shall answer."
+            f"Cannot score the model on the arrays of `--data`: {in_one_line(error)}. Pass arrays "
+            "of the shapes and dtypes of the model's inputs and targets."
         ) from error
 
 
 def _no_loss(targets, outputs):
-    # Keras evaluates no model without a loss, even if only a metric is asked for.
+    # Keras needs a loss to evaluate a model, even if only a metric is wanted.
     return keras.ops.zeros_like(keras.ops.mean(outputs, axis=-1))

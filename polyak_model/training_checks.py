@@ -33,6 +33,21 @@ def check_model(model):
         check_optimizers(optimizers_of(model))
 
 
+def check_counts_steps(model):
+    """Raises `ValueError` if no optimizer counts the steps that a model takes.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    if not optimizers_of(model):
+        raise ValueError(
+            f"The average moves once per optimizer step, and {type(model).__name__} has no "
+            "optimizer that counts its steps. Received: a `train_step` that changes weights by "
+            "itself. Keep an optimizer in an attribute of the model; or train in a loop of your "
+            "own, and call model.update_average() after each step."
+        )
+
+
 def check_clone_function(clone_function):
     """Raises `ValueError` unless `clone_function` is None or a function.
 

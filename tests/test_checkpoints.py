@@ -331,7 +331,7 @@ print(tracemalloc.get_traced_memory()[1])
     assert int(run(program, tmp_path).stdout) < 20 * 2**20 < array.nbytes
 
 
-def test_progress_is_told_up_to_the_end(tmp_path):
+def test_progress_is_reported_up_to_the_end(tmp_path):
     array = np.zeros(600_000, "float32")
     paths = [
         write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array, "vars/1": np.ones(2, "int8")})

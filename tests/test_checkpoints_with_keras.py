@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 
 from polyak_model.checkpoints import average_files
+from polyak_model.errors import InputError
+from polyak_model.weight_files.reader import open_weights
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,75 @@ def test_refreshed_statistics_are_those_of_all_batches(trained):
     np.testing.assert_allclose(
         layer.moving_variance, np.mean(variances, axis=0), rtol=1e-5, atol=1e-6
     )
+
+
+class Adversarial(keras.Model):
+    """Two nets with optimizers in attributes, a dict and a nested list, and a layer so named."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.layers.Dense(2)
+        self.dense_optimizer = keras.layers.Dense(2)
+        self.g_opt = keras.optimizers.Adam(name="whatever")
+        schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.9)
+        self.others = {
+            "d": keras.optimizers.SGD(0.1),
+            "more": [keras.optimizers.RMSprop(schedule), keras.optimizers.Adafactor()],
+        }
+
+    def call(self, inputs):
+        return self.dense_optimizer(self.generator(inputs))
+
+    def optimizers(self):
+        return [self.g_opt, self.others["d"], *self.others["more"]]
+
+
+def make_adversarial(seed):
+    keras.utils.set_random_seed(seed)
+    model = Adversarial()
+    model(np.ones((1, 3)))
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    for optimizer in model.optimizers():
+        optimizer.build(model.trainable_variables)
+        optimizer.iterations.assign(seed)
+    return model
+
+
+def test_files_of_a_model_with_several_optimizers_are_averaged_without_their_state(tmp_path):
+    models = [make_adversarial(seed) for seed in (1, 3)]
+    paths = []
+    for n, model in enumerate(models):
+        paths.append(tmp_path / f"{n}.weights.h5")
+        model.save_weights(paths[-1])
+    result = average_files(paths, tmp_path / "average.weights.h5")
+    assert len(result.averaged) == len(models[0].weights)
+    assert result.copied == []
+    with open_weights(tmp_path / "average.weights.h5") as average:
+        assert sorted(average.variables) == sorted(result.averaged)
+    # Keras warns that the optimizers have no state, and loads the weights.
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        models[0].load_weights(tmp_path / "average.weights.h5")
+    loaded = read_weights(tmp_path / "average.weights.h5")
+    for weight, expected in zip(models[0].weights, loaded, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), expected)
+
+
+def read_weights(path):
+    with open_weights(path) as weights:
+        groups = ("generator", "dense_optimizer")
+        return [weights.variables[f"{g}/vars/{n}"].read() for g in groups for n in range(2)]
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_models_that_keras_quantized_are_refused(tmp_path, mode):
+    paths = []
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model.layers[0].quantize(mode)
+        paths.append(tmp_path / f"{seed}.keras")
+        model.save(paths[-1])
+    with pytest.raises(InputError, match="'layers/dense/vars/0' is quantized to int8"):
+        average_files(paths, tmp_path / "out.keras")
+    assert not (tmp_path / "out.keras").exists()

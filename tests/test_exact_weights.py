@@ -1,4 +1,4 @@
-"""The weight of every rule has all digits of a float64, in the first step and the ten millionth."""
+"""The weight of every rule is exact to float64 rounding from step 1 to step ten million."""
 
 from decimal import Context, Decimal, localcontext
 from functools import partial
@@ -62,7 +62,7 @@ def due_steps(stride):
 
 
 def exact_weights(formula, number, stride):
-    """Computes a formula to 60 digits, of the very number that the float64 is."""
+    """Computes a formula to 60 digits from the exact value of the float64."""
     with localcontext(Context(prec=60)):
         return np.array(
             [
@@ -111,7 +111,7 @@ def test_steps_after_the_start_step_weigh_as_the_first_ones_do(exact, start_step
 @pytest.mark.parametrize(
     ("decay", "error"), [(0.999, 1e-5), (0.9999, 1e-4), (0.99999, 1e-3), (0.9999999, 0.1)]
 )
-def test_float32_would_lose_the_digits_that_these_tests_see(decay, error):
+def test_float32_would_lose_the_digits_that_these_tests_check(decay, error):
     single = np.float32(1) - np.float32(decay)
     (exact,) = set(exact_weights(biased, decay, 1))
     assert abs(single / exact - 1) > error

@@ -480,12 +480,16 @@ def test_a_metric_needs_no_config_to_be_reported_by_every_route(batches):
 
 
 def test_a_metric_that_cannot_be_copied_is_refused_before_anything_changes():
+    class Handle:
+        def __reduce_ex__(self, protocol):
+            raise TypeError("it belongs to this process")
+
     class Opaque(keras.metrics.Mean):
         def __init__(self):
             super().__init__(name="opaque")
-            self.stream = iter([1, 2])
+            self.stream = Handle()
 
     model = PolyakModel(make_classifier())
-    with pytest.raises(ValueError, match="cannot be copied.*stream"):
+    with pytest.raises(ValueError, match="`stream` of .*Handle, which cannot be copied"):
         model.compile("sgd", CROSSENTROPY, metrics=[Opaque()])
     assert not model.raw_model.compiled

@@ -74,7 +74,7 @@ def test_weights_of_lower_precision_are_read_and_given_back_unchanged(tmp_path, 
         keras.config.set_dtype_policy(default)
 
 
-def test_a_metric_that_the_model_was_not_compiled_with_is_found_by_its_name():
+def test_a_metric_that_the_model_was_not_compiled_with_is_found_by_name():
     scorer = make_scorer("mean_absolute_percentage_error")
     errors = np.abs((TARGETS - scorer.model.predict(INPUTS, verbose=0)) / TARGETS)
     score = scorer.score(scorer.model.get_weights())
@@ -97,7 +97,7 @@ def test_a_model_that_was_never_compiled_is_scored_by_a_metric():
         ("TruePositives", None),
     ],
 )
-def test_the_better_direction_is_the_one_that_keras_knows(metric, direction):
+def test_the_direction_of_a_metric_is_the_one_in_keras(metric, direction):
     assert make_scorer(metric).direction() == direction
 
 
@@ -110,7 +110,7 @@ def test_several_inputs_and_outputs_are_lists(tmp_path):
     assert make_scorer(model=model, data=data).score(model.get_weights()) == expected
 
 
-def test_a_normalization_answers_by_the_weights_it_was_given():
+def test_a_normalization_layer_uses_the_weights_assigned_to_it():
     model = compiled(keras.Sequential([keras.Input((6,)), layers.Normalization()]))
     model.layers[0].adapt(INPUTS)
     scorer = make_scorer(model=model, data=(INPUTS, INPUTS))
@@ -119,7 +119,7 @@ def test_a_normalization_answers_by_the_weights_it_was_given():
     assert scorer.score([0 * mean, 0 * variance + 1, count]) == 0
 
 
-def test_the_saved_model_is_compiled_as_it_was_and_its_optimizer_begins_anew(tmp_path):
+def test_the_saved_model_is_compiled_as_it_was_with_a_fresh_optimizer(tmp_path):
     model = compiled(make_sequential(), optimizer=keras.optimizers.Adam(0.25))
     model.optimizer.build(model.trainable_variables)
     model.optimizer.iterations.assign(7)
@@ -132,7 +132,7 @@ def test_the_saved_model_is_compiled_as_it_was_and_its_optimizer_begins_anew(tmp
     assert (float(loaded.optimizer.learning_rate), int(loaded.optimizer.iterations)) == (0.25, 0)
 
 
-def test_a_model_that_was_never_compiled_is_saved_so(tmp_path):
+def test_a_model_that_was_never_compiled_is_saved_uncompiled(tmp_path):
     scorer = make_scorer("mae", make_functional())
     scorer.save(tmp_path / "a.keras")
     scorer.save(tmp_path / "a.weights.h5")
@@ -156,7 +156,7 @@ def test_a_model_of_keras_layers_is_loaded(tmp_path):
 
 @pytest.fixture
 def refused():
-    """Returns why something is refused, in one line."""
+    """Returns the message of a refusal, which is one line."""
 
     def refused(action, *arguments, **options):
         with pytest.raises(InputError) as caught:
@@ -167,7 +167,7 @@ def refused():
     return refused
 
 
-def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, refused):
+def test_no_code_from_a_file_is_run(tmp_path, monkeypatch, refused):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "trap.py").write_text("raise SystemExit('code of a file was run')")
     model = keras.Sequential([keras.Input((6,)), layers.Activation("relu")])
@@ -177,12 +177,12 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, refused):
         "class_name": "function",
         "config": "spring",
     }
-    complaint = refused(load_model, tmp_path / "a.keras", config)
-    assert "it needs 'spring' of 'trap', which is no part of Keras" in complaint
+    message = refused(load_model, tmp_path / "a.keras", config)
+    assert "it needs 'spring' of 'trap', which is not part of Keras" in message
     assert "trap" not in sys.modules
 
 
-def test_a_lambda_and_a_class_of_others_are_refused(tmp_path, refused):
+def test_lambda_layers_and_custom_classes_are_refused(tmp_path, refused):
     @keras.saving.register_keras_serializable(package="gone")
     class Own(layers.Layer):
         pass
@@ -201,17 +201,17 @@ def test_a_file_that_keras_cannot_load_is_refused(tmp_path, refused):
 
 
 def test_a_metric_that_keras_cannot_compute_is_refused(refused):
-    complaint = refused(make_scorer, "nonsense")
-    assert "`--metric` must be one of ['loss', 'mae'], or one that Keras" in complaint
-    assert "Received: 'nonsense', but Keras says: Could not interpret" in complaint
+    message = refused(make_scorer, "nonsense")
+    assert "`--metric` must be one of ['loss', 'mae'], or one that Keras" in message
+    assert "Received: 'nonsense', but Keras says: Could not interpret" in message
     assert "without being compiled" in refused(make_scorer, "loss", make_functional())
 
 
 def test_data_of_another_shape_is_refused(refused):
-    complaint = refused(make_scorer, data=(INPUTS[:, :3], TARGETS))
-    assert "Cannot score the model on the arrays of `--data`" in complaint
+    message = refused(make_scorer, data=(INPUTS[:, :3], TARGETS))
+    assert "Cannot score the model on the arrays of `--data`" in message
 
 
 def test_a_model_without_weights_is_refused(tmp_path, refused):
     keras.Sequential([keras.Input((6,)), layers.ReLU()]).save(tmp_path / "a.keras")
-    assert "it holds no model with weights" in refused(reload, tmp_path / "a.keras")
+    assert "it contains no model with weights" in refused(reload, tmp_path / "a.keras")

@@ -53,7 +53,7 @@ def test_power_shares_are_differences_of_powers(n, gamma):
 
 
 @given(rules, counts)
-def test_shares_are_what_updates_with_the_weights_of_the_rule_give(rule, n):
+def test_shares_are_the_result_of_updates_with_the_weights_of_the_rule(rule, n):
     # The average of unit vectors is the vector of shares.
     average = np.zeros(n)
     for step, iterate in enumerate(np.eye(n), 1):

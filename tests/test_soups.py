@@ -12,7 +12,7 @@ modes = st.sampled_from(["max", "min"])
 
 
 @st.composite
-def kitchens(draw, equal=False):
+def problems(draw, equal=False):
     """Candidates of one or two arrays, a score for them, and its mode."""
     shapes = draw(st.lists(st.sampled_from([(), (2,), (2, 3)]), min_size=1, max_size=2))
     many = draw(st.integers(1, 6))
@@ -33,25 +33,25 @@ def better(mode):
     return max if mode == "max" else min
 
 
-@given(kitchens())
-def test_the_soup_is_never_worse_than_the_best_candidate(kitchen):
-    candidates, score, mode = kitchen
+@given(problems())
+def test_the_soup_is_never_worse_than_the_best_candidate(problem):
+    candidates, score, mode = problem
     soup = greedy_soup(candidates, score, mode)
     best = better(mode)(score(read()) for read in candidates.values())
     assert better(mode)(soup.score, best) == soup.score
 
 
-@given(kitchens())
-def test_the_score_of_the_soup_is_that_of_its_weights(kitchen):
-    candidates, score, mode = kitchen
+@given(problems())
+def test_the_score_of_the_soup_is_that_of_its_weights(problem):
+    candidates, score, mode = problem
     soup = greedy_soup(candidates, score, mode)
     assert score(soup.weights) == soup.score
     assert soup.score == [each.soup_score for each in soup.trials if each.kept][-1]
 
 
-@given(kitchens())
-def test_candidates_are_tried_in_the_order_of_their_own_scores(kitchen):
-    candidates, score, mode = kitchen
+@given(problems())
+def test_candidates_are_tried_in_the_order_of_their_own_scores(problem):
+    candidates, score, mode = problem
     trials = greedy_soup(candidates, score, mode).trials
     assert sorted(each.name for each in trials) == sorted(candidates)
     own_scores = [each.own_score for each in trials]
@@ -60,18 +60,18 @@ def test_candidates_are_tried_in_the_order_of_their_own_scores(kitchen):
     assert trials[0].kept
 
 
-@given(kitchens())
-def test_a_candidate_is_kept_if_and_only_if_the_soup_with_it_is_no_worse(kitchen):
-    soup = greedy_soup(*kitchen)
+@given(problems())
+def test_a_candidate_is_kept_if_and_only_if_the_soup_with_it_is_no_worse(problem):
+    soup = greedy_soup(*problem)
     best = soup.trials[0].own_score
     for each in soup.trials:
-        assert each.kept == (better(kitchen[-1])(each.soup_score, best) == each.soup_score)
+        assert each.kept == (better(problem[-1])(each.soup_score, best) == each.soup_score)
         best = each.soup_score if each.kept else best
 
 
-@given(kitchens())
-def test_the_soup_is_the_uniform_average_of_those_kept(kitchen):
-    candidates, score, mode = kitchen
+@given(problems())
+def test_the_soup_is_the_uniform_average_of_those_kept(problem):
+    candidates, score, mode = problem
     soup = greedy_soup(candidates, score, mode)
     kept = [candidates[each.name]() for each in soup.trials if each.kept]
     for array, *originals in zip(soup.weights, *kept, strict=True):
@@ -81,25 +81,25 @@ def test_the_soup_is_the_uniform_average_of_those_kept(kitchen):
         np.testing.assert_allclose(array, exact, rtol=0, atol=1e-15 * len(kept) * largest)
 
 
-@given(kitchens(equal=True))
-def test_candidates_that_are_all_equal_are_all_kept_and_are_the_soup_bit_for_bit(kitchen):
-    candidates, score, mode = kitchen
+@given(problems(equal=True))
+def test_candidates_that_are_all_equal_are_all_kept_and_are_the_soup_bit_for_bit(problem):
+    candidates, score, mode = problem
     soup = greedy_soup(candidates, score, mode)
     assert all(each.kept for each in soup.trials)
     for array, original in zip(soup.weights, candidates["candidate 0"](), strict=True):
         np.testing.assert_array_equal(array, original)
 
 
-@given(kitchens())
-def test_candidates_of_equal_score_are_tried_in_the_order_given(kitchen):
-    soup = greedy_soup(kitchen[0], lambda _: 1.0, kitchen[2])
-    assert [each.name for each in soup.trials] == list(kitchen[0])
+@given(problems())
+def test_candidates_of_equal_score_are_tried_in_the_order_given(problem):
+    soup = greedy_soup(problem[0], lambda _: 1.0, problem[2])
+    assert [each.name for each in soup.trials] == list(problem[0])
     assert all(each.kept for each in soup.trials)
 
 
-@given(kitchens())
-def test_the_largest_score_is_the_smallest_of_its_negative(kitchen):
-    candidates, score, _ = kitchen
+@given(problems())
+def test_the_largest_score_is_the_smallest_of_its_negative(problem):
+    candidates, score, _ = problem
     largest = greedy_soup(candidates, score, "max")
     smallest = greedy_soup(candidates, lambda arrays: -score(arrays), "min")
     assert largest.score == -smallest.score
@@ -107,7 +107,7 @@ def test_the_largest_score_is_the_smallest_of_its_negative(kitchen):
         assert (one.name, one.kept) == (other.name, other.kept)
 
 
-def test_integers_come_from_the_last_kept():
+def test_integers_are_those_of_the_last_kept():
     weights = {"a": (3.0, 7), "b": (4.0, 8), "c": (9.0, 9)}
     candidates = {
         name: lambda pair=pair: [np.float32(pair[0]), np.int64(pair[1])]
@@ -132,7 +132,7 @@ def test_infinite_weights_leave_the_soup_as_it_is():
     assert greedy_soup(candidates, lambda arrays: arrays[0], "min").weights == [1.0]
 
 
-def test_no_two_candidates_are_held_at_once():
+def test_two_candidates_are_never_in_memory_at_once():
     alive, most = set(), 0
 
     class Weights(list):
@@ -150,6 +150,15 @@ def test_no_two_candidates_are_held_at_once():
     assert most == 1
 
 
+def test_quantized_candidates_are_refused_unless_their_integers_are_equal():
+    kernels = {"a": [1, 2], "b": [1, 2], "c": [3, 4]}
+    candidates = {name: lambda k=k: [np.array(k, "int8")] for name, k in kernels.items()}
+    with pytest.raises(ValueError, match="Quantized `candidates` have no average.* in 'c'"):
+        greedy_soup(candidates, lambda _: 1.0)
+    del candidates["c"]
+    assert greedy_soup(candidates, lambda _: 1.0).weights[0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -162,6 +171,6 @@ def test_no_two_candidates_are_held_at_once():
         ),
     ],
 )
-def test_what_cannot_be_cooked_is_refused(arguments, expected):
+def test_invalid_arguments_are_refused(arguments, expected):
     with pytest.raises(ValueError, match=expected):
         greedy_soup(*arguments)

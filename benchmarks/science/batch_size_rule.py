@@ -32,10 +32,11 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 from batches import Variant, profile_differences, variants
-from trajectories import COLOURS, shares, style, trajectories
+from trajectories import COLOURS, style, trajectories
 
 from polyak_model import ExponentialAverage, rescale_decay
 from polyak_model.cli.tables import format_table
+from polyak_model.rules import shares
 
 RATE = 0.005  # gamma * lambda, and the noise of one example has variance 1
 DECAY = 0.999

@@ -38,10 +38,11 @@ from regressions import (
     linear_regression,
     logistic_regression,
 )
-from trajectories import COLOURS, shares, style, trajectories
+from trajectories import COLOURS, style, trajectories
 
 from polyak_model import ExponentialAverage, PolynomialAverage, UniformAverage
 from polyak_model.cli.tables import format_table
+from polyak_model.rules import shares
 
 ETA = 3
 FIRST_RATES = (1 / 32, 1 / 8, 1 / 2, 2)

@@ -2,7 +2,8 @@
 
 import numpy as np
 from regressions import EXPONENT
-from trajectories import shares
+
+from polyak_model.rules import shares
 
 
 def finite_run(share, step_size, eigenvalues):

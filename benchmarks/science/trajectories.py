@@ -29,18 +29,6 @@ def weights(rule, steps):
     return np.where(rule.moves_at(step), rule.weight(step, rule.update_every), 0.0)
 
 
-def shares(rule, steps):
-    """Returns the share of each of `steps` iterates in the average after the last of them.
-
-    Args:
-        rule: A `polyak_model` rule.
-        steps: Int.
-    """
-    weight = weights(rule, steps)
-    kept = np.append(np.cumprod((1 - weight)[:0:-1])[::-1], 1.0)
-    return weight * kept
-
-
 def trajectories(take_step, start, rules, steps, every, label=None):
     """Runs the descent and yields the iterate and its averages at regular steps.
 

@@ -13,16 +13,16 @@ from polyak_model.backend import keras_internals
 def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="auto"):
     """Recomputes the moving mean and variance of each BatchNormalization layer of a model.
 
-    Averaged weights send other numbers into these layers than any iterate did,
-    so that averaged statistics do not fit them. With all n inputs of a layer,
-    over all axes but that of the channels and leaving out masked ones,
+    The inputs of these layers under averaged weights differ from those under any
+    iterate, so averaged statistics do not fit them. Over all n inputs of a layer,
+    along all axes but that of the channels and without masked ones,
 
         mean = sum(x) / n,    variance = sum((x - mean)**2) / n
 
     exactly, pooled in float64 over batches of any sizes. During the pass each
-    of these layers normalizes with the statistics of the batch at hand, as in
-    training; hence a layer behind another one is measured on what that one
-    sends out in training, and with one batch of all data on what it sends out
+    of these layers normalizes with the statistics of the current batch, as in
+    training. So a layer behind another one is measured on the outputs that the
+    other has in training; with a single batch of all data, on those that it has
     afterwards. Everything else runs as in `predict`: dropout is off.
 
     Layers with `trainable=False` keep their statistics, as they do in training.
@@ -30,17 +30,15 @@ def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="aut
 
     Args:
         model: A built `keras.Model`.
-        data: What the model takes: arrays, a `tf.data.Dataset`, a generator or
-            a `keras.utils.PyDataset`, with targets and sample weights or
-            without; they are ignored. It should be training data, without
-            augmentation.
-        steps: Int, how many batches to take. Defaults to None: all.
+        data: Inputs of the model: arrays, a `tf.data.Dataset`, a generator or a
+            `keras.utils.PyDataset`. Targets and sample weights are ignored. Use
+            training data, without augmentation.
+        steps: Int, the number of batches to use. Defaults to None: all.
         batch_size: Int, examples per batch of arrays. Defaults to None: 32.
         verbose: `"auto"`, 0 for silence, 1 for a progress bar or 2 for a line.
 
     Raises:
-        ValueError: If there is no data, or it leads to statistics that are
-            infinite or not a number.
+        ValueError: If there is no data, or the statistics contain inf or NaN.
 
     Example:
 
@@ -52,9 +50,9 @@ def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="aut
 
     Reference:
         Izmailov et al. 2018, Averaging weights leads to wider optima, section
-        3.2. `torch.optim.swa_utils.update_bn` normalizes by batch during its
-        pass, too, but weighs batches alike whatever their sizes, leaves out what
-        varies between their means, and runs with dropout.
+        3.2. `torch.optim.swa_utils.update_bn` also normalizes by batch during its
+        pass, but it weights batches equally whatever their sizes, ignores the
+        variance between their means, and runs with dropout.
     """
     layers = find_layers(model)
     if layers:
@@ -68,8 +66,8 @@ def find_layers(model, trained=None):
 
     Args:
         model: A `keras.Model`.
-        trained: A model of the same architecture, whose layers tell which are
-            frozen. Defaults to None: `model`.
+        trained: A model of the same architecture; its frozen layers are left
+            out. Defaults to None: `model`.
     """
     pairs = zip(_all_layers(model), _all_layers(trained or model), strict=True)
     return [layer for layer, other in pairs if other.trainable]
@@ -82,7 +80,7 @@ def _all_layers(model):
 
 
 def nothing_to_refresh(model):
-    """Says why a model has no statistics to refresh, in a sentence.
+    """Returns a sentence on why a model has no statistics to refresh.
 
     Args:
         model: A `keras.Model`.
@@ -93,7 +91,7 @@ def nothing_to_refresh(model):
 
 
 def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto"):
-    """Measures what `refresh_statistics` assigns, and leaves the model as it was.
+    """Measures what `refresh_statistics` assigns, without changing the model.
 
     Args:
         model: A built `keras.Model`.
@@ -104,13 +102,12 @@ def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto")
         verbose: `"auto"`, 0, 1 or 2.
 
     Returns:
-        List of pairs of a variable and its value, for the layers that data
-        reached.
+        List of `(variable, value)` for the layers that received data.
 
     Raises:
         ValueError: As in `refresh_statistics`.
     """
-    # Of an empty array Keras makes up a batch.
+    # Keras makes up a batch for an empty array.
     if any(0 in getattr(leaf, "shape", ())[:1] for leaf in tree.flatten(data)):
         raise _nothing_read(data)
     pools = [Pool(layer.moving_mean.shape) for layer in layers]
@@ -121,7 +118,7 @@ def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto")
         reader.compile(run_eagerly=model.run_eagerly, jit_compile=False)
         with warnings.catch_warnings():
             if steps is None:
-                # To read all that there is, is what was asked for.
+                # All data was to be read.
                 warnings.filterwarnings("ignore", message="Your input ran out of data")
             reader.evaluate(data, batch_size=batch_size, steps=steps, verbose=verbose)
     if not any(pool.seen() for pool in pools):
@@ -137,9 +134,9 @@ def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto")
 
 def _nothing_read(data):
     return ValueError(
-        "`data` must hold at least one example that reaches a BatchNormalization layer. Received: "
-        f"data={data!r}, which holds none. A generator that was used before is empty; make a new "
-        "one."
+        "`data` must contain at least one example that reaches a BatchNormalization layer. "
+        f"Received: data={data!r}, which contains none. A generator that was used before is empty: "
+        "make a new one."
     )
 
 
@@ -163,7 +160,7 @@ class Pool:
     """
 
     def __init__(self, shape):
-        # With autocast, a layer in half precision would be read them in half precision.
+        # With autocast, a layer in half precision would read them in half precision.
         settings = {"dtype": "float64", "trainable": False, "autocast": False}
         self.count, self.mean, self._squares = (
             keras.Variable("zeros", shape, **settings) for _ in range(3)
@@ -173,10 +170,9 @@ class Pool:
         """Adds a batch.
 
         Args:
-            count: How many numbers each entry of `mean` is the mean of, a
-                float64 tensor like `mean`.
-            mean: Their mean.
-            variance: Their variance.
+            count: Float64 tensor, the number of values behind each entry.
+            mean: Their mean, a tensor of the same shape.
+            variance: Their variance, likewise.
         """
         before = ops.convert_to_tensor(self.count)
         total = before + count
@@ -191,20 +187,19 @@ class Pool:
         return ops.divide_no_nan(ops.convert_to_tensor(self._squares), self.count)
 
     def seen(self):
-        """Tells whether anything was added."""
+        """Returns whether anything was added."""
         return bool(ops.any(self.count > 0))
 
     def check_finite(self, name):
-        """Raises `ValueError` if the statistics are infinite or not a number.
+        """Raises `ValueError` if the statistics contain inf or NaN.
 
         Args:
-            name: Of the layer, for the message.
+            name: Name of the layer, for the message.
         """
         if not bool(ops.all(ops.isfinite(self.mean)) & ops.all(ops.isfinite(self._squares))):
             raise ValueError(
                 f"The statistics of the layer '{name}' must be finite. Received: data or weights "
-                "that lead to numbers that are infinite or none. The old statistics stand; remove "
-                "such examples."
+                "for which they contain inf or NaN. The old statistics stay; remove such examples."
             )
 
 
@@ -214,16 +209,16 @@ def moments(inputs, axis, mask=None):
     Args:
         inputs: Tensor.
         axis: Int, the axis of the channels.
-        mask: Boolean tensor of one axis less than `inputs`, False for what does
-            not count. Defaults to None.
+        mask: Boolean tensor of one axis less than `inputs`, False for inputs to
+            leave out. Defaults to None.
 
     Returns:
         Tuple of the count, the mean and the variance, tensors of shape
-        (channels,); of nothing they are 0.
+        (channels,). Without inputs they are 0.
     """
     x = ops.cast(inputs, "float64")
     others = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
-    # Selecting, since a product with 0 would pass on what is masked and not a number.
+    # Selected, since 0 * NaN is NaN.
     counted = ops.ones_like(x, "bool")
     if mask is not None:
         counted = counted & ops.cast(ops.expand_dims(mask, -1), "bool")
@@ -245,7 +240,7 @@ def _normalizing_by_batch(layer, pool):
         backend.assign([(layer.moving_mean, mean), (layer.moving_variance, variance)])
         return call(inputs, training=False, **({} if mask is None else {"mask": mask}))
 
-    # Keras offers no way to listen to a layer inside a model.
+    # Keras has no hook for the inputs of a layer inside a model.
     layer.call = measured
     try:
         yield
@@ -255,7 +250,7 @@ def _normalizing_by_batch(layer, pool):
 
 @contextlib.contextmanager
 def _state_kept(model):
-    """On leaving, what a forward pass may change is as it was: statistics, states, seeds."""
+    """Restores, at the end, what a forward pass may change: statistics, states, seeds."""
     variables = [
         *keras_internals.untrained_weights(model),
         *keras_internals.seed_states(model),
@@ -268,7 +263,7 @@ def _state_kept(model):
 
 
 class _Reader(backend.EvaluationStep, keras.Model):
-    """Lets Keras read data of any kind, with its progress bar, and hands each batch on."""
+    """Reads data of any kind as Keras does, with its progress bar, and passes on each batch."""
 
     def __init__(self, read):
         super().__init__()

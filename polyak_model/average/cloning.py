@@ -1,5 +1,6 @@
 """An unshared copy of a model."""
 
+import contextlib
 import os
 import tempfile
 import warnings
@@ -10,7 +11,7 @@ from polyak_model import backend
 from polyak_model.average.clone_check import check_disjoint
 from polyak_model.average.copier import Copier
 from polyak_model.backend import structure
-from polyak_model.backend.keras_internals import flatten_layers
+from polyak_model.backend.keras_internals import build_on_placeholders, flatten_layers
 
 
 def clone_model(model, clone_function=None):
@@ -38,7 +39,7 @@ def clone_model(model, clone_function=None):
 
     >>> student = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> teacher = clone_model(student)
-    >>> student.layers[0].bias.assign([1.0, 2.0])
+    >>> student.set_weights([weight + 1 for weight in student.get_weights()])
     >>> teacher.layers[0].bias.numpy().tolist()
     [0.0, 0.0]
     """
@@ -63,6 +64,8 @@ def complete_clone(model, clone):
         clone: Its clone, of the same class. It stays the same object, compiled
             or not.
     """
+    for name in filter(backend.is_bookkeeping, list(vars(clone))):
+        del vars(clone)[name]  # It refers to layers that are about to be replaced.
     copier = Copier([(model, clone)])
     copier.later(structure.fill_model, model, clone, copier)
     _copy(copier, model)
@@ -170,16 +173,16 @@ def build_on(model, inputs, batch=None):
         batch: Values of these shapes, for a model that only runs eagerly; or
             None.
     """
-    if batch is None:
-        model(inputs)
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # There is a second way.
-            model(inputs)
-    except Exception:
-        # Code of the user's own may fail in any way on symbolic tensors.
-        model(batch)
+    ways = [lambda: model(inputs), lambda: build_on_placeholders(model, inputs)]
+    if batch is not None:
+        ways.append(lambda: model(batch))
+    for way in ways[:-1]:
+        # Layers of the user's own may fail in any way on symbolic tensors.
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            way()
+            return
+    ways[-1]()
 
 
 def _copy(copier, value):

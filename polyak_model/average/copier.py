@@ -55,14 +55,21 @@ class Copier:
         """
         with backend.lift():
             copy = self.whole(value)
-            _empty(self._last)
+            self._empty(self._last)
         return copy
 
     def whole(self, value):
         """Returns the copy of a value for code that reads it at once."""
+        place = self._place
         copy = self(value)
-        _empty(self._queue)
+        self._empty(self._queue)
+        self._place = place
         return copy
+
+    def _empty(self, tasks):
+        while tasks:
+            self._place, task = tasks.popleft()
+            task()
 
     def __call__(self, value):
         """Returns the copy of a value, whose parts may be missing until `run` is over."""
@@ -80,11 +87,11 @@ class Copier:
 
     def later(self, task, *args):
         """Calls `task(*args)` once the value under way has a copy."""
-        self._queue.append(functools.partial(task, *args))
+        self._queue.append((self._place, functools.partial(task, *args)))
 
     def at_the_end(self, task, *args):
         """Calls `task(*args)` once everything else has been copied."""
-        self._last.append(functools.partial(task, *args))
+        self._last.append((self._place, functools.partial(task, *args)))
 
     def known(self, originals):
         """Returns the copies of those originals that have been copied."""
@@ -103,12 +110,14 @@ class Copier:
 
     def set_attributes(self, old, new, attributes):
         """Sets the copies of some attributes of the original, a dict by name."""
+        place = self._place
         for name, value in attributes.items():
             if not backend.is_bookkeeping(name):
                 self._place = f"The attribute `{name}` of {_name(old)}"
                 copy = self(value)
                 if copy is not LEFT_OUT:
                     vars(new)[name] = copy
+        self._place = place
         if attributes:
             self.at_the_end(backend.track_copies, old, new, self)
 
@@ -123,11 +132,6 @@ class Copier:
     def refuse(self, value, reason):
         """Raises `TypeError` for a value that cannot be copied."""
         raise TypeError(f"{self._place} holds {_name(value)}, which cannot be copied: {reason}.")
-
-
-def _empty(tasks):
-    while tasks:
-        tasks.popleft()()
 
 
 def _name(value):

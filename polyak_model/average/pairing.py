@@ -46,6 +46,7 @@ class Pairing:
     """The pairs of a raw model and its average model, in the order of the raw weights."""
 
     raw_model: keras.Model
+    average_model: keras.Model
     pairs: tuple
 
     @functools.cached_property
@@ -90,20 +91,24 @@ class Pairing:
         backend.assign(zip(averages, values[: len(raw)], strict=True))
         common = {id(w): value for w, value in zip(raw, values[len(raw) :], strict=True)}
         pairs = (dataclasses.replace(p, raw=common.get(id(p.raw), p.raw)) for p in self.pairs)
-        return Pairing(self.raw_model, tuple(pairs))
+        return dataclasses.replace(self, pairs=tuple(pairs))
 
     def check_complete(self):
-        """Raises `ValueError` if the raw model has gained or lost weights since it was paired."""
-        model = self.raw_model
-        paired = {id(pair.raw) for pair in self.pairs}
-        gained = [w.path for w in model.weights if id(w) not in paired]
-        if gained or len(model.weights) != len(paired):
-            raise ValueError(
-                f"The raw model '{model.name}' must keep the weights that it had when it was "
-                f"wrapped. Expected: {len(paired)} weights. Received: {len(model.weights)}, of "
-                f"which new are {gained[:3]}. Make the change (enable LoRA, build all layers) "
-                "first, then wrap the model."
-            )
+        """Raises `ValueError` if a model has gained or lost weights since they were paired."""
+        _check_weights(self.raw_model, [pair.raw for pair in self.pairs], "raw")
+        _check_weights(self.average_model, [pair.average for pair in self.pairs], "average")
+
+
+def _check_weights(model, paired, role):
+    expected = {id(weight) for weight in paired}
+    gained = [weight.path for weight in model.weights if id(weight) not in expected]
+    if gained or len(model.weights) != len(expected):
+        raise ValueError(
+            f"The {role} model '{model.name}' must keep the weights that it had when it was "
+            f"wrapped. Expected: {len(expected)} weights. Received: {len(model.weights)}, of which "
+            f"new are {gained[:3]}. Make the change (enable LoRA, quantize, build all layers) "
+            "first, then wrap the model."
+        )
 
 
 def _may_differ_between_replicas(pair):
@@ -150,4 +155,4 @@ def pair(raw_model, average_model, add_beside, copies_statistics, compensated):
                 target = average if master is None else master
                 residual = add_beside(target, "residual", target.dtype)
             pairs.append(Pair(average, raw, AVERAGED, learned, master, residual))
-    return Pairing(raw_model, tuple(pairs))
+    return Pairing(raw_model, average_model, tuple(pairs))

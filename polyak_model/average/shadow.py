@@ -154,6 +154,7 @@ class Shadow(keras.layers.Layer):
         """
         if not self.started or not backend.keeps_updates():
             return
+        self.pairing.check_complete()
         if backend.traces_for_export():
             # What is served elsewhere holds the average as it is now, and assigns nothing.
             backend.outside_trace(self.catch_up)

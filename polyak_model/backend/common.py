@@ -6,7 +6,10 @@ import types
 import keras
 from keras import tree
 
-# Objects of these packages refer to much, but not to optimizers; layers are searched all the same.
+from polyak_model.backend.keras_internals import flatten_layers
+
+# Objects of these packages refer to much, but not to optimizers: of their layers only the layers
+# inside are searched, of their models everything.
 _LIBRARIES = frozenset(
     {*sys.stdlib_module_names, "h5py", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torch"}
 )
@@ -26,8 +29,8 @@ def optimizers_of(model):
 
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     >>> model.optimizers = {"slow": keras.optimizers.SGD(), "fast": [keras.optimizers.Adam()]}
-    >>> [optimizer.name for optimizer in optimizers_of(model)]
-    ['sgd', 'adam']
+    >>> [type(optimizer).__name__ for optimizer in optimizers_of(model)]
+    ['SGD', 'Adam']
     """
     found, seen, readers, waiting = [], set(), {}, [model]
     while waiting:
@@ -52,10 +55,12 @@ def _reader(kind):
         return lambda value: value.values()
     if issubclass(kind, (list, tuple, set, frozenset)):
         return iter
-    searched = (keras.Layer, keras.optimizers.Optimizer, types.SimpleNamespace)
+    searched = (keras.Model, keras.optimizers.Optimizer, types.SimpleNamespace)
     is_foreign = kind.__module__.partition(".")[0] not in _LIBRARIES
     if issubclass(kind, searched) or (is_foreign and not issubclass(kind, type)):
         return _attributes
+    if issubclass(kind, keras.Layer):
+        return lambda layer: flatten_layers(layer, include_self=False)
     return None
 
 

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 
 import keras
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models import Functional
 
@@ -16,6 +17,7 @@ __all__ = [
     "BuildHook",
     "CompileHook",
     "backup_position",
+    "build_on_placeholders",
     "clear_losses",
     "compilation",
     "compile_arguments",
@@ -50,14 +52,29 @@ def flatten_layers(layer, include_self=True):
     return list(layer._flatten_layers(include_self=include_self))
 
 
-def forward(model, x):
+def forward(model, *args, **kwargs):
     """Calls a model as `predict` does, with `training=False` where it takes that.
 
     Args:
         model: A `keras.Model`.
-        x: Its inputs.
+        *args: Its inputs, and other arguments of its `call`.
+        **kwargs: Likewise, by name.
     """
-    return model(x, training=False) if model._call_has_training_arg else model(x)
+    mode = {"training": False} if model._call_has_training_arg else {}
+    return model(*args, **kwargs, **mode)
+
+
+def build_on_placeholders(model, inputs):
+    """Creates the weights of a model as `fit` does, which calls it on tensors without values.
+
+    Calling the model itself on symbolic tensors asks more of its layers.
+
+    Args:
+        model: A `keras.Model`.
+        inputs: What it takes, a `keras.KerasTensor` or a nested structure of
+            them.
+    """
+    compute_output_spec(lambda x: forward(model, x), inputs)
 
 
 def is_functional(model):

@@ -1,1 +1,1 @@
-"""One module for each command of `polyak-model`: its options, its checks and what it prints."""
+"""The command `polyak-model`: one module per subcommand, with its options and its output."""

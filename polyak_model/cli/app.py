@@ -1,30 +1,30 @@
-"""The commands; the work is done by the modules below this one."""
+"""The application `polyak-model` and its entry point."""
 
 import sys
+import typing
 
-from polyak_model.cli import average, extract, inspect, soup
+import polyak_model
 from polyak_model.cli.checks import require
-from polyak_model.cli.demo import command as demo
+from polyak_model.cli.tables import printable
 from polyak_model.errors import InputError
 
 NAME = "polyak-model"
-COMMANDS = (average, demo, extract, inspect, soup)
 
 
 def main(arguments=None):
     """Runs the command `polyak-model`.
 
     Args:
-        arguments: List of strings. Defaults to None: those of the process.
+        arguments: List of strings. Defaults to None: the arguments of the process.
 
     Returns:
-        The exit code: 0; or 2 when the input cannot be used, which one line on
-        stderr explains.
+        The exit code: 0 on success; 2 if the input cannot be used, which one
+        line on stderr explains; 130 if the user interrupted it.
     """
     try:
         return _run(arguments)
     except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -32,32 +32,62 @@ def _run(arguments):
     require("typer", "cli")
     import typer
 
-    # Click's class in older versions of typer, typer's own in newer ones.
+    # The base class is defined by Click in older versions of typer, by typer itself in newer ones.
     (usage_error,) = typer.BadParameter.__bases__
     try:
         return build_app()(arguments, prog_name=NAME, standalone_mode=False) or 0
     except usage_error as error:
-        message = " ".join(error.format_message().split()).rstrip(".")
         command = error.ctx.command_path if error.ctx else NAME
-        raise InputError(f"{message}. See {command} --help") from error
+        raise InputError(f"{_describe(error)} See {command} --help") from error
+
+
+def _describe(error):
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    # Newer versions of typer validate with pydantic, whose messages leave out the value.
+    details = getattr(error.__cause__, "errors", list)()
+    received = [repr(each["input"]) for each in details if repr(each["input"]) not in message]
+    if received:
+        message += f". Received: {', '.join(received)}"
+    return message if message.endswith("?") else f"{message}."
 
 
 def build_app():
-    """Builds the typer app; typer is an optional dependency, so importing this module needs none.
+    """Builds the typer app.
+
+    typer is an optional dependency, so it is imported here and not with this module.
 
     Returns:
         A `typer.Typer`.
     """
     import typer
 
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    from polyak_model.cli import average, extract, inspect, soup
+    from polyak_model.cli.demo import command as demo
+
+    app = typer.Typer(
+        rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+
+    def print_version(is_given: bool):
+        if is_given:
+            print(f"{NAME} {polyak_model.__version__}")
+            raise typer.Exit
 
     @app.callback(invoke_without_command=True)
-    def polyak_model(context: typer.Context):
+    def root(
+        context: typer.Context,
+        version: typing.Annotated[
+            bool,
+            typer.Option(
+                "--version", callback=print_version, is_eager=True, help="Show the version."
+            ),
+        ] = False,
+    ):
         """Running averages of the weights of Keras models."""
         if context.invoked_subcommand is None:
-            typer.echo(context.get_help())
+            print(context.get_help())
 
-    for command in COMMANDS:
-        command.register(app)
+    app.command(cls=average.Command)(average.average)
+    for function in (demo.demo, extract.extract, inspect.inspect, soup.soup):
+        app.command()(function)
     return app

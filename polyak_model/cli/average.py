@@ -1,150 +1,107 @@
-"""`polyak-model average`: average weight files after the fact."""
+"""`polyak-model average`: average weight files after training."""
 
-import contextlib
 import pathlib
-import sys
-import time
 import typing
+
+import typer
+from typer.core import TyperCommand
 
 from polyak_model.checkpoints import average_files
 from polyak_model.cli.average_options import choose_files, choose_weights, join_weights
-
-_PATIENCE_SECONDS = 2
-_REFRESH = (
-    "BatchNormalization: the averaged statistics of {layers} do not fit the averaged weights. "
-    "Refresh them: load the model and call `polyak_model.refresh_statistics(model, data)` with "
-    "training data."
-)
+from polyak_model.cli.checks import check_decay
+from polyak_model.cli.hints import abridge, refresh_hint
+from polyak_model.cli.progress import show_progress
+from polyak_model.cli.tables import printable
 
 
-def register(app):
-    """Adds the command to a typer app.
+class Command(TyperCommand):
+    """Accepts several numbers after `--weights`."""
 
-    Args:
-        app: A `typer.Typer`.
-    """
-    import typer
-    from typer.core import TyperCommand
-
-    class ManyWeights(TyperCommand):
-        """Takes all numbers after `--weights` as its value."""
-
-        def parse_args(self, context, arguments):
-            return super().parse_args(context, join_weights(arguments))
-
-    @app.command(cls=ManyWeights)
-    def average(
-        files: typing.Annotated[
-            list[str],
-            typer.Argument(
-                metavar="FILES",
-                help="Files that Keras saved, .keras, .weights.h5 or .weights.json; or one folder "
-                "of them, with --last or --best.",
-            ),
-        ],
-        output: typing.Annotated[
-            pathlib.Path,
-            typer.Option(
-                "--output",
-                "-o",
-                help="File to write: .weights.h5, or .keras from .keras files.",
-            ),
-        ],
-        weights: typing.Annotated[
-            str | None,
-            typer.Option(
-                metavar="W1 W2 ...", help="What each file counts, relative to the others."
-            ),
-        ] = None,
-        rule: typing.Annotated[
-            str,
-            typer.Option(
-                help="What the files count, in their order: uniform, exponential (with --decay), "
-                "polynomial or power."
-            ),
-        ] = "uniform",
-        decay: typing.Annotated[
-            float | None, typer.Option(help="Of --rule exponential, in [0, 1).")
-        ] = None,
-        eta: typing.Annotated[
-            float | None, typer.Option(help="Of --rule polynomial; 3 unless given.")
-        ] = None,
-        gamma: typing.Annotated[
-            float | None, typer.Option(help="Of --rule power; 6.94 unless given.")
-        ] = None,
-        last: typing.Annotated[
-            int | None,
-            typer.Option(
-                metavar="K", help="Only the last K by name; numbers count by value: 9 before 10."
-            ),
-        ] = None,
-        best: typing.Annotated[
-            int | None, typer.Option(metavar="K", help="Only the best K epochs, with --by.")
-        ] = None,
-        by: typing.Annotated[
-            str | None,
-            typer.Option(
-                metavar="FILE.csv:COLUMN",
-                help="What is best: a column of what keras.callbacks.CSVLogger wrote. Its epochs "
-                "count from 0, those in the names of the files from 1.",
-            ),
-        ] = None,
-        mode: typing.Annotated[
-            str | None, typer.Option(help="min or max: which values of the column are best.")
-        ] = None,
-    ):
-        """Average weight files after the fact, without loading a model."""
-        chosen = choose_files(files, output, last, best, by, mode)
-        options = {"decay": decay, "eta": eta, "gamma": gamma}
-        run_average(chosen, output, choose_weights(len(chosen), weights, rule, options))
+    def parse_args(self, context, arguments):
+        return super().parse_args(context, join_weights(arguments))
 
 
-def run_average(files, output, weights):
-    """Averages, and prints of what and where.
+def average(
+    files: typing.Annotated[
+        list[pathlib.Path],
+        typer.Argument(
+            metavar="FILES",
+            exists=True,
+            help="Files saved by Keras: .keras, .weights.h5 or .weights.json; or one folder of "
+            "them, with --last or --best.",
+        ),
+    ],
+    output: typing.Annotated[
+        pathlib.Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write: .weights.h5, or .keras from .keras files.",
+        ),
+    ],
+    weights: typing.Annotated[
+        str | None,
+        typer.Option(metavar="W1 W2 ...", help="The weight of each file, relative to the others."),
+    ] = None,
+    rule: typing.Annotated[
+        typing.Literal["uniform", "exponential", "polynomial", "power"],
+        typer.Option(help="The rule that weights the files in their order."),
+    ] = "uniform",
+    decay: typing.Annotated[
+        float | None,
+        typer.Option(
+            metavar="D", callback=check_decay, help="Decay of --rule exponential, in [0, 1)."
+        ),
+    ] = None,
+    eta: typing.Annotated[
+        float | None,
+        typer.Option(metavar="ETA", min=0, help="Exponent of --rule polynomial. Default: 3."),
+    ] = None,
+    gamma: typing.Annotated[
+        float | None,
+        typer.Option(metavar="GAMMA", min=0, help="Exponent of --rule power. Default: 6.94."),
+    ] = None,
+    last: typing.Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", min=2, help="Only the last K files by name, where 9 comes before 10."
+        ),
+    ] = None,
+    best: typing.Annotated[
+        int | None,
+        typer.Option(metavar="K", min=2, help="Only the best K epochs. Needs --by and --mode."),
+    ] = None,
+    by: typing.Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv:COLUMN",
+            help="The column that --best compares, in a file of keras.callbacks.CSVLogger. That "
+            "file counts epochs from 0, the names of weight files from 1.",
+        ),
+    ] = None,
+    mode: typing.Annotated[
+        typing.Literal["min", "max"] | None,
+        typer.Option(help="Whether the smallest or the largest values of the column are best."),
+    ] = None,
+    quiet: typing.Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+):
+    """Average weight files after training."""
+    chosen = choose_files(files, output, last, best, by, mode)
+    options = {"decay": decay, "eta": eta, "gamma": gamma}
+    relative = choose_weights(len(chosen), weights, rule, options)
+    with show_progress("Averaging", quiet) as update:
+        result = average_files(chosen, output, relative, update)
+    if not quiet:
+        _report(chosen, output, result)
 
-    Args:
-        files: Paths, in order.
-        output: Path of the file to write.
-        weights: What each file counts.
 
-    Raises:
-        InputError: If something cannot be used; nothing is written then.
-    """
-    with _progress_bar() as progress:
-        result = average_files(files, output, weights, progress)
+def _report(files, output, result):
     print(f"Averaged {len(files)} files:")
     for path, share in zip(files, result.shares, strict=True):
-        print(f"  {100 * share:6.2f} %  {path}")
+        print(f"  {100 * share:6.2f} %  {printable(str(path))}")
     if result.copied:
-        print(f"Taken from the last file: {', '.join(result.copied)}.")
-    print(f"Written: {output}")
+        print(f"Copied from the last file: {abridge(result.copied)}.")
+    print(f"Written: {printable(str(output))}")
     if result.statistics:
-        print(_REFRESH.format(layers=_abridge(result.statistics)))
-
-
-def _abridge(names):
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-@contextlib.contextmanager
-def _progress_bar():
-    """Yields a function of the share done; on a terminal it draws a bar after a while."""
-    import typer
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    begin = time.monotonic()
-    bar = None
-    with contextlib.ExitStack() as stack:
-
-        def progress(share):
-            nonlocal bar
-            if bar is None and time.monotonic() - begin > _PATIENCE_SECONDS:
-                bar = stack.enter_context(
-                    typer.progressbar(length=1000, label="Averaging", file=sys.stderr)
-                )
-            if bar is not None:
-                bar.update(int(1000 * share) - bar.pos)
-
-        yield progress
+        print(refresh_hint(result.statistics))

@@ -1,5 +1,6 @@
-"""What every command checks before it writes anything."""
+"""Checks that a command makes before it computes or writes anything."""
 
+import contextlib
 import importlib
 import os
 import pathlib
@@ -15,39 +16,89 @@ def require(module, extra):
         extra: The extra of this package that installs it.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If it cannot be imported.
     """
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise InputError(
             f"This command needs the package {module!r}, which cannot be imported ({error}). "
-            f'Install what it needs: pip install "polyak_model[{extra}]"'
+            f'Install it: pip install "polyak_model[{extra}]"'
         ) from error
 
 
-def check_folder(folder):
-    """Checks that a folder can be created or written to, and creates nothing.
+def check_decay(value):
+    """Returns the value of the option `--decay` of a command.
 
     Args:
-        folder: A path.
+        value: A float, or None if the option is absent.
 
     Raises:
-        InputError: If it is a file, lies inside one or may not be written to.
+        InputError: If it is not in [0, 1).
+
+    Example:
+
+    >>> check_decay(1.2)
+    Traceback (most recent call last):
+    ...
+    polyak_model.errors.InputError: `--decay` must be in [0, 1). Received: 1.2. Try --decay 0.9.
+    """
+    if value is not None and not 0 <= value < 1:
+        raise InputError(f"`--decay` must be in [0, 1). Received: {value}. Try --decay 0.9.")
+    return value
+
+
+def check_output_file(output, endings, source=None):
+    """Checks that a file can be written, without writing it.
+
+    Args:
+        output: Its path, a `pathlib.Path`.
+        endings: Tuple of strings. The endings that its name may have.
+        source: Path of a file that must not be replaced. Defaults to None.
+
+    Raises:
+        InputError: If its name has another ending, or it cannot be written.
+    """
+    if not str(output).endswith(endings):
+        problem = "whose name has another ending"
+    elif not output.parent.is_dir():
+        problem = f"but there is no folder {str(output.parent)!r}"
+    elif not os.access(output.parent, os.W_OK):
+        problem = f"but {str(output.parent)!r} is not writable"
+    elif output.is_dir():
+        problem = "which is a folder"
+    elif source is not None and output.exists() and os.path.samefile(output, source):
+        problem = "which is the input file"
+    else:
+        return
+    raise InputError(
+        f"`--output` must be a {' or '.join(endings)} file to write. Received: {str(output)!r}, "
+        f"{problem}. Choose another, e.g. --output result{endings[0]}."
+    )
+
+
+def check_output_folder(folder):
+    """Checks that a folder can be created or written to, without creating it.
+
+    Args:
+        folder: Its path.
+
+    Raises:
+        InputError: If the path is a file, lies inside one or is not writable.
     """
     ancestors = (folder, *pathlib.Path(folder).absolute().parents)
     nearest = next(path for path in ancestors if os.path.lexists(path))
     if not os.path.isdir(nearest):
-        raise _folder_error(folder, f"{str(nearest)!r} exists and is no folder")
+        raise _folder_error(folder, f"{str(nearest)!r} is not a folder")
     if not os.access(nearest, os.W_OK):
-        raise _folder_error(folder, f"{str(nearest)!r} may not be written to")
+        raise _folder_error(folder, f"{str(nearest)!r} is not writable")
 
 
-def make_folder(folder):
-    """Creates a folder and those around it, unless they exist.
+def make_output_folder(folder):
+    """Creates a folder and its parents, unless they exist.
 
     Args:
-        folder: A path.
+        folder: Its path.
 
     Raises:
         InputError: If the system refuses.
@@ -63,3 +114,12 @@ def _folder_error(folder, problem):
         f"`--output` must be a folder to write to. Received: {str(folder)!r}, but {problem}. "
         "Choose another, e.g. --output polyak-demo."
     )
+
+
+@contextlib.contextmanager
+def write_errors_in_one_line():
+    """Turns a failure to write a file, such as a full disk, into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(str(error.strerror or error)) from error

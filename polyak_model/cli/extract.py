@@ -1,65 +1,49 @@
-"""`polyak-model extract`: a plain Keras model out of the file of a PolyakModel."""
+"""`polyak-model extract`: write the average or the raw model of a PolyakModel's file."""
 
 import pathlib
 import typing
 
-from polyak_model.cli.output_file import check_output, told_in_one_line
-from polyak_model.errors import InputError
+import typer
+
+from polyak_model.cli.checks import check_output_file, write_errors_in_one_line
+from polyak_model.cli.tables import printable
 from polyak_model.saving import extraction
 from polyak_model.weight_files.reader import find_kind, open_weights
 
 
-def register(app):
-    """Adds the command to a typer app.
+def extract(
+    file: typing.Annotated[
+        pathlib.Path,
+        typer.Argument(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="A .keras or .weights.h5 file that PolyakModel.save or save_weights wrote.",
+        ),
+    ],
+    output: typing.Annotated[
+        pathlib.Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The .keras or .weights.h5 file to write. An existing one is replaced.",
+        ),
+    ],
+    contents: typing.Annotated[
+        typing.Literal["average", "raw"], typer.Option(help="The model to write.")
+    ] = "average",
+    quiet: typing.Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+):
+    """Write the average or the raw model as a plain Keras file.
 
-    Args:
-        app: A `typer.Typer`.
+    Keras loads it without polyak_model.
     """
-    import typer
-
-    @app.command()
-    def extract(
-        file: typing.Annotated[
-            pathlib.Path,
-            typer.Argument(
-                metavar="FILE", help="What PolyakModel.save or save_weights wrote: .keras, or .h5."
-            ),
-        ],
-        output: typing.Annotated[
-            pathlib.Path,
-            typer.Option(
-                "--output",
-                "-o",
-                help="The .keras or .weights.h5 file to write; replaces one of that name.",
-            ),
-        ],
-        contents: typing.Annotated[
-            str, typer.Option(metavar="average|raw", help="Which of the two models.")
-        ] = "average",
-    ):
-        """Write the average or the raw model as a plain Keras file, which needs no polyak_model."""
-        run_extract(file, contents, output)
-
-
-def run_extract(file, contents, output):
-    """Checks everything, then writes the file and says so.
-
-    Args:
-        file: Path of the file of a PolyakModel.
-        contents: `"average"` or `"raw"`.
-        output: Path of the file to write.
-
-    Raises:
-        InputError: If something cannot be used; nothing is written then.
-    """
-    if contents not in extraction.CONTENTS:
-        raise InputError(
-            f"`--contents` must be one of average, raw. Received: {contents!r}. "
-            "Try --contents average."
-        )
-    # Only a .keras file says of which layers the model is made.
-    is_whole = find_kind(file) == ".keras"
-    check_output(output, (".keras", ".weights.h5") if is_whole else (".weights.h5",), file)
-    with open_weights(file) as weights, told_in_one_line():
+    # Only a .keras file contains the architecture.
+    is_archive = find_kind(file) == ".keras"
+    endings = (".keras", ".weights.h5") if is_archive else (".weights.h5",)
+    check_output_file(output, endings, source=file)
+    with open_weights(file) as weights, write_errors_in_one_line():
         extraction.extract(weights, contents, output)
-    print(f"Written: {output}")
+    if not quiet:
+        print(f"Written: {printable(str(output))}")

@@ -1,10 +1,13 @@
-"""`polyak-model inspect`: what a weight file holds."""
+"""`polyak-model inspect`: what a weight file contains."""
 
+import json
 import math
 import pathlib
 import typing
 
-from polyak_model.cli.tables import format_table, printable
+import typer
+
+from polyak_model.cli.tables import print_table, printable
 from polyak_model.saving.distances import measure_distances, measure_total
 from polyak_model.saving.wrapper_reader import find_wrappers, read_rule, read_step
 from polyak_model.weight_files.reader import open_weights
@@ -12,85 +15,128 @@ from polyak_model.weight_files.refusal import in_one_line
 from polyak_model.weight_files.training_state import split_variables
 
 
-def register(app):
-    """Adds the command to a typer app.
+def inspect(
+    file: typing.Annotated[
+        pathlib.Path,
+        typer.Argument(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="A .keras, .weights.h5 or .weights.json file.",
+        ),
+    ],
+    as_json: typing.Annotated[
+        bool, typer.Option("--json", help="Print JSON for other programs.")
+    ] = False,
+):
+    """Show the variables and averages of a weight file.
 
-    Args:
-        app: A `typer.Typer`.
-    """
-    import typer
-
-    @app.command()
-    def inspect(
-        file: typing.Annotated[
-            pathlib.Path,
-            typer.Argument(metavar="FILE", help="A .weights.h5, .keras or .weights.json file."),
-        ],
-    ):
-        """List the variables of a weight file, and how far its average lies from the raw model."""
-        run_inspect(file)
-
-
-def run_inspect(file):
-    """Prints what a weight file holds.
-
-    Args:
-        file: Its path.
-
-    Raises:
-        InputError: If it cannot be used.
+    For each average: its rule, its step and its distance from the raw model.
     """
     with open_weights(file) as weights:
-        wrappers = find_wrappers(weights)
-        paragraphs = [_describe_variables(weights, wrappers)]
-        for wrapper in wrappers:
-            paragraphs += _describe_wrapper(weights, wrapper)
-    print("\n\n".join(paragraphs))
+        description = describe(weights)
+    if as_json:
+        # JSON has neither inf nor NaN.
+        text = json.dumps({"file": str(file), **description})
+        print(json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2))
+    else:
+        _print(description)
 
 
-def _describe_variables(weights, wrappers):
-    whole = [wrapper for wrapper in wrappers if not wrapper.path]
-    group = whole[0].raw if whole else ""
-    model, optimizers = split_variables(weights, group)
-    title = "The raw model; the average model has the same variables" if whole else "The model"
+def describe(weights):
+    """Describes a weight file in types that JSON knows.
+
+    Args:
+        weights: A `WeightFile`.
+
+    Returns:
+        A dict with `variables`, those of the raw model if the file is of a
+        PolyakModel; their number of `parameters`; `optimizer`, a dict or None;
+        and `averages`, a list of dicts. The `path` of an average is that of its
+        PolyakModel inside the saved model, "" if that is the saved model.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    wrappers = find_wrappers(weights)
+    group = wrappers[0].raw if wrappers and not wrappers[0].path else ""
+    model, optimizer = split_variables(weights, group)
     names = {path: attributes.get("name", "") for path, attributes in weights.attributes.items()}
-    rows = [
-        [name, _name_of(variable, names), str(variable.shape), variable.dtype, _count([variable])]
-        for name, variable in model.items()
-    ]
-    rows.append(["total", "", "", "", _count(model.values())])
-    header = ["variable", "layer", "shape", "dtype", "parameters"]
-    lines = [f"{title}:\n", format_table(header, rows, left=4)]
-    if optimizers:
-        of = {_name_of(variable, names) for variable in optimizers.values()} - {""}
-        kind = f" {' and '.join(sorted(of))}" if of else ""
-        lines.append(
-            f"\nOptimizer{kind}: {len(optimizers)} variables, "
-            f"{_count(optimizers.values())} parameters."
-        )
-    return "\n".join(lines)
 
+    def name_of(variable):
+        return str(names.get(variable.name.rpartition("/")[0], ""))
 
-def _name_of(variable, names):
-    return str(names.get(variable.name.rpartition("/")[0], ""))
+    return {
+        "variables": [
+            {
+                "path": path,
+                "layer": name_of(variable),
+                "shape": list(variable.shape),
+                "dtype": variable.dtype,
+                "parameters": math.prod(variable.shape),
+            }
+            for path, variable in model.items()
+        ],
+        "parameters": _count(model),
+        "optimizer": {
+            "names": sorted({name_of(variable) for variable in optimizer.values()} - {""}),
+            "variables": len(optimizer),
+            "parameters": _count(optimizer),
+        }
+        if optimizer
+        else None,
+        "averages": [_describe_average(weights, wrapper) for wrapper in wrappers],
+    }
 
 
 def _count(variables):
-    return f"{sum(math.prod(variable.shape) for variable in variables):,}"
+    return sum(math.prod(variable.shape) for variable in variables.values())
 
 
-def _describe_wrapper(weights, wrapper):
-    at = f" at {printable(wrapper.path)}" if wrapper.path else ""
-    rule = read_rule(weights, wrapper)
+def _describe_average(weights, wrapper):
     distances = measure_distances(weights, wrapper)
+    return {
+        "path": wrapper.path,
+        "rule": read_rule(weights, wrapper),
+        "step": read_step(weights, wrapper),
+        "distances": [
+            {"layer": each.layer, "distance": each.distance, "relative": each.relative}
+            for each in (*distances, measure_total(distances))
+        ],
+    }
+
+
+def _print(description):
+    averages = description["averages"]
+    is_wrapper = bool(averages) and not averages[0]["path"]
+    title = "The raw model; the average model has the same variables" if is_wrapper else "The model"
+    print(f"{title}:\n")
+    rows = []
+    for each in description["variables"]:
+        shape, count = str(tuple(each["shape"])), f"{each['parameters']:,}"
+        rows.append([each["path"], each["layer"], shape, each["dtype"], count])
+    rows.append(["total", "", "", "", f"{description['parameters']:,}"])
+    print_table(["variable", "layer", "shape", "dtype", "parameters"], rows, left=4)
+    optimizer = description["optimizer"]
+    if optimizer:
+        name = printable(" ".join(["Optimizer", " and ".join(optimizer["names"])]).rstrip())
+        print(
+            f"\n{name}: {optimizer['variables']} variables, {optimizer['parameters']:,} parameters."
+        )
+    for average in averages:
+        _print_average(average)
+
+
+def _print_average(average):
+    place = f" at {printable(average['path'])}" if average["path"] else ""
+    print(f"\nThe average{place}:\n")
+    print(f"rule  {_format_rule(average['rule'])}\nstep  {average['step']:,}")
+    print("\nIts distance from the raw model:\n")
     rows = [
-        [each.layer, f"{each.distance:.4g}", f"{each.relative:.4g}"]
-        for each in (*distances, measure_total(distances))
+        [each["layer"], f"{each['distance']:.4g}", f"{each['relative']:.4g}"]
+        for each in average["distances"]
     ]
-    yield (f"The average{at}:\n\nrule  {_format_rule(rule)}\nstep  {read_step(weights, wrapper):,}")
-    yield "Its distance from the raw model:\n\n" + format_table(
-        ["layer", "distance", "relative"], rows
-    )
+    print_table(["layer", "distance", "relative"], rows)
 
 
 def _format_rule(rule):

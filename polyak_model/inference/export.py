@@ -1,4 +1,4 @@
-"""A model is exported whole or not at all, to be served where this package is not."""
+"""Exports a model atomically, to be served where this package is not installed."""
 
 import contextlib
 import io
@@ -22,15 +22,14 @@ _REMOTE = re.compile(r"[a-z0-9]+://")
 
 
 def export(model, filepath, format, **kwargs):
-    """Exports a model as Keras does, and leaves what lies at `filepath` if that fails.
+    """Exports a model as Keras does; if that fails, an older artifact at `filepath` stays.
 
     Args:
         model: A built `keras.Model`.
-        filepath: Where, a string or path.
-        format: As in `keras.Model.export`, like the arguments after it. What
-            Keras writes as several files, or to a remote file system
-            (`gs://...`), it writes by itself.
-        **kwargs: Passed on.
+        filepath: Path of the artifact.
+        format: As in `keras.Model.export`. Formats of several files, and remote
+            file systems (`gs://...`), are left to Keras.
+        **kwargs: Further arguments of `keras.Model.export`.
 
     Raises:
         OSError: If the artifact cannot be written; its message names `filepath`.
@@ -39,10 +38,10 @@ def export(model, filepath, format, **kwargs):
         model.export(filepath, format=format, **kwargs)
         return
     pathlib.Path(filepath).absolute().parent.mkdir(parents=True, exist_ok=True)
-    said = io.StringIO()
-    with _WRITING[format](filepath) as partial, contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with _WRITING[format](filepath) as partial, contextlib.redirect_stdout(printed):
         model.export(str(partial), format=format, **kwargs)
-    print(said.getvalue().replace(str(partial), str(filepath)), end="")
+    print(printed.getvalue().replace(str(partial), str(filepath)), end="")
 
 
 def signature(model):
@@ -52,7 +51,7 @@ def signature(model):
         model: A built `keras.Model`.
 
     Raises:
-        ValueError: If the model tells nothing of its inputs.
+        ValueError: If the inputs of the model are not known.
 
     Example:
 
@@ -63,7 +62,7 @@ def signature(model):
     specs = input_specs(model)
     if specs is None:
         raise ValueError(
-            "`export()` needs to know what the model takes. Received: "
+            "`export()` needs the input signature. Received: "
             f"the model '{model.name}' of class {type(model).__name__}, which was never called. "
             "Call it on a batch first, or pass `input_signature`, for instance "
             "[keras.InputSpec(shape=(None, 8), dtype='float32')]."
@@ -74,8 +73,8 @@ def signature(model):
 
 
 def _as_predicted(spec):
-    # A subclassed model knows what its layers got; `predict` gives it floats of the default dtype.
-    # A name would count the tensors of this process.
+    # A subclassed model records the inputs of its layers; `predict` passes floats of the default
+    # dtype. A name would count the tensors of this process.
     is_float = keras.backend.is_float_dtype(spec.dtype)
     return keras.InputSpec(
         keras.config.floatx() if is_float else spec.dtype, (None, *spec.shape[1:])

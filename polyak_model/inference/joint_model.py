@@ -20,25 +20,28 @@ class JointModel(
     Args:
         routes: Tuple of `"raw"`, `"average"` and `"ensemble"`; the first one
             predicts.
-        raw: The raw model.
-        average: The average model.
+        models: Dict with the models `"raw"` and `"average"`. Only those that the
+            routes need are kept.
         combine: How the ensemble joins outputs, see `join`.
         prepare: Called with each batch before it is used, to build what is not
             built yet.
     """
 
-    def __init__(self, routes, raw, average, combine, prepare):
+    def __init__(self, routes, models, combine, prepare):
         # Inputs reach the models as they are.
         super().__init__(name="_".join(routes), autocast=False)
         self.routes = routes
-        # Not as a list: in one the oldest Keras finds no lookup tables to export.
-        self.raw, self.average = raw, average
+        # As attributes: in a list the oldest Keras finds no lookup tables to export.
+        for name in ("raw", "average"):
+            if {name, "ensemble"} & {*routes}:
+                setattr(self, name, models[name])
         self.combine = combine
         self._prepare = prepare
         self._scores = {}
+        self.supports_masking = models["raw"].supports_masking
         self.built = True  # Its weights are those of the two models.
-        if hasattr(raw, "output_names"):
-            self.output_names = raw.output_names
+        if hasattr(models["raw"], "output_names"):
+            self.output_names = models["raw"].output_names
 
     def compile_routes(self, execution, make_arguments=None):
         """Compiles the metrics of each route.
@@ -62,10 +65,13 @@ class JointModel(
         return scores
 
     def _models(self, route):
-        return {"raw": [self.raw], "average": [self.average]}.get(route, [self.raw, self.average])
+        return [self.raw, self.average] if route == "ensemble" else [getattr(self, route)]
 
-    def call(self, inputs):
-        return self._output(lambda model: keras_internals.forward(model, inputs))
+    def call(self, inputs, *args, **kwargs):
+        return self._output(lambda model: keras_internals.forward(model, inputs, *args, **kwargs))
+
+    def compute_mask(self, inputs, previous_mask):
+        return self._models(self.routes[0])[0].compute_mask(inputs, previous_mask)
 
     def _output(self, call):
         outputs = [call(model) for model in self._models(self.routes[0])]
@@ -106,7 +112,8 @@ class JointModel(
 
     def _build_on_batch(self, data):
         self._prepare(data)
-        build_metrics(self.raw, [*self._scores.values()], [self.raw, self.average], data)
+        model = self._models(self.routes[0])[0]
+        build_metrics(model, [*self._scores.values()], [self], data)
 
     @property
     def metrics(self):

@@ -326,7 +326,7 @@ class RoutedModel(SaveableModel):
             input_signature = export.signature(self._router.raw)
         self._router.shadow.catch_up()
         export.export(
-            self._router.predictor(route),
+            self._router.server(route),
             filepath,
             format,
             verbose=verbose,

@@ -71,6 +71,11 @@ class Router:
             return self.raw
         if route == "average" and self.shadow.started:
             return self.shadow.model
+        return self.server(route)
+
+    def server(self, route):
+        """Returns a model that calls those of a route with `training=False`, to be exported."""
+        # Called without, layers such as RandomFlip would augment what is served.
         return self._joint(self._predictors, (route,), self._compile_predictor)
 
     def evaluator(self, routes):
@@ -100,8 +105,8 @@ class Router:
         with self._lock:
             if routes not in models:
                 with backend.strategy_scope(self.raw):
-                    average = self.shadow.model
-                    model = JointModel(routes, self.raw, average, self.combine, self._prepare)
+                    own = {"raw": self.raw, "average": self.shadow.model}
+                    model = JointModel(routes, own, self.combine, self._prepare)
                     compile_model(model)
                 models[routes] = model
             return models[routes]

@@ -53,7 +53,7 @@ def extract(weights, contents, output):
                 compilation["auto_scale_loss"] = False
             state = _SGD_STATE
             groups, names = (
-                {old: new for old, new in each.items() if not is_inside(new, [_OPTIMIZER])}
+                {old: new for old, new in each.items() if not is_inside(new, {_OPTIMIZER})}
                 for each in (groups, names)
             )
     size = sum(weights.variables[name].nbytes for name in names)

@@ -1,4 +1,4 @@
-"""A record in a model file beside the weights: their score, and when they had it."""
+"""Records the score of the weights, and when they had it, in their file."""
 
 import json
 import zipfile
@@ -42,7 +42,7 @@ def write_record(path, record):
 def read_record(path):
     """Returns the record in a file, or `{}` if there is none.
 
-    The file may be a stranger's: whatever is wrong with it, nothing is raised.
+    The file is untrusted: whatever is wrong with it, nothing is raised.
 
     Args:
         path: Path of a `.keras` or `.weights.h5` file.

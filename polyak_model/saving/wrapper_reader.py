@@ -6,7 +6,7 @@ from polyak_model.saving import layout
 from polyak_model.weight_files.keras_archive import parse_json
 from polyak_model.weight_files.refusal import refusal
 
-_LONGEST_DESCRIPTION = 32 * 2**20
+_LONGEST_DESCRIPTION = 4 * 2**20
 
 
 class Wrapper(typing.NamedTuple):

@@ -1,8 +1,8 @@
-"""HDF5 files by strangers: what they contain is listed, and nothing else is opened or executed.
+"""Lists the tensors of an untrusted HDF5 file.
 
-HDF5 can refer to other files, declare tensors that are not there, nest without
-end and unpack kilobytes to gigabytes. Keras's weight files do none of that, so
-whatever does is refused.
+HDF5 can refer to other files, declare tensors that are not there, nest endlessly
+and unpack kilobytes to gigabytes. Weight files of Keras do not, so a file that
+does is refused.
 """
 
 import io
@@ -238,24 +238,37 @@ def _check_tensor(dataset, name, size, source):
     shape = dataset.shape
     if shape is None:
         raise refusal(source, f"{name!r} has no shape")
-    if not _fits(dataset, creation, math.prod(shape) * stored.itemsize, size):
+    declared = math.prod(shape) * stored.itemsize
+    if creation.get_nfilters():
+        _check_packed(dataset, creation, name, source)
+    elif not _fits(dataset, creation, declared, size):
         problem = f"declares the shape {shape}, {stored}, which does not fit into the file"
         raise refusal(source, f"{name!r} {problem}")
     return dtype
 
 
+def _check_packed(dataset, creation, name, source):
+    unpack = "Save it without compression"
+    if not {creation.get_filter(i)[0] for i in range(creation.get_nfilters())} <= _FILTERS:
+        raise refusal(source, f"{name!r} has an unusual compression", unpack)
+    chunk = math.prod(creation.get_chunk()) * dataset.dtype.itemsize
+    if chunk > _LARGEST_CHUNK:
+        raise refusal(
+            source,
+            f"{name!r} is packed in chunks of {chunk:,} bytes, more than {_LARGEST_CHUNK:,}",
+            unpack,
+        )
+
+
 def _fits(dataset, creation, declared, size):
-    """Returns whether the declared bytes are in the file, or may be in its chunks."""
+    """Returns whether the declared bytes of an uncompressed tensor are in the file."""
     stored = dataset.get_storage_size()
     if not 0 <= stored <= size:
         return False
     if creation.get_layout() != h5py.h5d.CHUNKED:
         return declared <= stored and (dataset.get_offset() or 0) + declared <= size
     chunk = math.prod(creation.get_chunk()) * dataset.dtype.itemsize
-    filters = {creation.get_filter(i)[0] for i in range(creation.get_nfilters())}
-    if filters:
-        return filters <= _FILTERS and chunk <= _LARGEST_CHUNK
-    return declared <= stored and chunk <= max(_SMALL, declared)
+    return declared <= stored and chunk <= max(_LARGEST_CHUNK, declared)
 
 
 def _keras_dtype(dataset, stored):

@@ -1,4 +1,4 @@
-"""`.keras` files by strangers: zip archives that are checked before anything is unpacked."""
+"""Opens untrusted `.keras` files, zip archives, and checks them before anything is unpacked."""
 
 import contextlib
 import io
@@ -17,7 +17,9 @@ METADATA = "metadata.json"
 ASSETS = "assets"
 
 _DAMAGED = "it is a damaged .keras file"
-_LONGEST_JSON = 32 * 2**20
+_LONGEST_JSON = {CONFIG: 16 * 2**20, METADATA: 2**20}
+# Empty lists and dicts take the most memory per character.
+_MOST_CONTAINERS = 10**6
 _MOST_EXPANSION = 100
 _SMALL = 64 * 2**20
 _BLOCK = 2**20
@@ -83,7 +85,7 @@ def read_json(archive, name, path):
 
     Args:
         archive: A `zipfile.ZipFile` from `open_archive`.
-        name: Name of the member.
+        name: `CONFIG` or `METADATA`.
         path: The path of the archive, for errors.
 
     Returns:
@@ -94,8 +96,8 @@ def read_json(archive, name, path):
             a JSON object.
     """
     with refusing(path, _DAMAGED):
-        if archive.getinfo(name).file_size > _LONGEST_JSON:
-            raise refusal(path, f"its {name} is longer than {_LONGEST_JSON:,} bytes")
+        if archive.getinfo(name).file_size > _LONGEST_JSON[name]:
+            raise refusal(path, f"its {name} is longer than {_LONGEST_JSON[name]:,} bytes")
         text = archive.read(name)
     return parse_json(text, f"its {name}", path)
 
@@ -148,8 +150,11 @@ def parse_json(text, what, path):
         A dict.
 
     Raises:
-        InputError: If it is not a JSON object or nested too deep.
+        InputError: If it is not a JSON object, nested too deep or has millions
+            of lists and objects.
     """
+    if text.count(b"[") + text.count(b"{") > _MOST_CONTAINERS:
+        raise refusal(path, f"{what} has more than {_MOST_CONTAINERS:,} lists and objects")
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Arrays of an .npz file by a stranger: only what is used is read, and no code is run."""
+"""Reads arrays from an untrusted .npz file: only those that are used, without running code."""
 
 import io
 import itertools

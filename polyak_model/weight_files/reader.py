@@ -20,7 +20,7 @@ from polyak_model.weight_files.keras_archive import (
 from polyak_model.weight_files.refusal import in_one_line, opened, refusal, refusing
 
 ENDINGS = (".weights.h5", ".keras", ".weights.json")
-_LONGEST_MAP = 32 * 2**20
+_LONGEST_MAP = 16 * 2**20
 
 
 @dataclasses.dataclass
@@ -98,9 +98,10 @@ def find_kind(path):
     kind = next((ending for ending in ENDINGS if str(path).endswith(ending)), None)
     if kind is None:
         expected = ", ".join(ENDINGS)
-        raise refusal(
-            path, f"its name must end in one of {expected}", "Save it with Keras under such a name"
-        )
+        remedy = "Save it with Keras under such a name"
+        if str(path).endswith((".h5", ".hdf5")):
+            remedy = "Load it with keras.models.load_model and save the model as .keras"
+        raise refusal(path, f"its name must end in one of {expected}", remedy)
     return kind
 
 

@@ -1,8 +1,7 @@
-"""Whether the config of a model names only what Keras itself brings along.
+"""Checks that the config of a model names only objects of Keras.
 
-Keras's `safe_mode` refuses lambdas, but before 3.9 it imports whatever module a
-config names and takes from it what the config names; so configs are checked
-before Keras sees them.
+Keras's `safe_mode` refuses lambdas, but before 3.9 it imports any module that a
+config names; so configs are checked before Keras reads them.
 """
 
 from polyak_model.errors import InputError
@@ -23,7 +22,7 @@ _MODULES = {
     "regularizers",
 }
 _FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "regularizers")
-# What these layers do is not in Keras but in the file or beside it.
+# The code of these layers is not in Keras but in the file or in another one.
 _FOREIGN = {"FlaxLayer", "JaxLayer", "Lambda", "TFSMLayer", "TorchModuleWrapper"}
 _VALUES = {
     "__bytes__",
@@ -36,13 +35,13 @@ _VALUES = {
 
 
 def check_config(config, path, is_function):
-    """Checks that a model can be made without code from anywhere but Keras.
+    """Checks that a model can be created from code of Keras alone.
 
     Args:
-        config: What config.json says, a dict.
+        config: The contents of config.json, a dict.
         path: The path of its file, for errors.
-        is_function: Callable from a module of Keras, such as `"losses"`, and a
-            name to whether that module has a function of that name.
+        is_function: Function of a module of Keras, such as `"losses"`, and a
+            name; returns whether the module has a function of that name.
 
     Raises:
         InputError: If the config names anything else.
@@ -55,19 +54,19 @@ def check_config(config, path, is_function):
     Traceback (most recent call last):
     ...
     polyak_model.errors.InputError: Cannot use 'model.keras': it needs 'Dense' of 'os', which \
-is no part of Keras, and no code of others is run. Use polyak_model.soups.greedy_soup in a \
+is not part of Keras, and no other code is run. Use polyak_model.soups.greedy_soup in a \
 program that imports what the model needs.
     """
-    waiting = [config]
-    while waiting:
-        value = waiting.pop()
+    pending = [config]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
-            # In the order in which they are written.
-            waiting.extend(reversed(value.values()))
+            # In the order of the file.
+            pending.extend(reversed(value.values()))
             if "class_name" in value:
                 _check_object(value, path, is_function)
         elif isinstance(value, list):
-            waiting.extend(reversed(value))
+            pending.extend(reversed(value))
 
 
 def _check_object(config, path, is_function):
@@ -82,11 +81,11 @@ def _check_object(config, path, is_function):
         known = kind in _VALUES if module is None else _is_known_class(module, kind)
     if not known:
         origin = f" of {module!r}" if module else ""
-        raise _refusal(path, f"{kind!r}{origin}, which is no part of Keras")
+        raise _refusal(path, f"{kind!r}{origin}, which is not part of Keras")
 
 
 def _is_known_class(module, name):
-    # Keras takes a function for a class, too, if it finds one of the name.
+    # Keras accepts a function of that name in place of a class.
     if not isinstance(module, str) or not isinstance(name, str) or not name[:1].isupper():
         return False
     home = module.removeprefix("keras.src.").removeprefix("keras.").partition(".")[0]
@@ -102,6 +101,6 @@ def _is_known_function(module, name, is_function):
 
 def _refusal(path, needed):
     return InputError(
-        f"Cannot use {str(path)!r}: it needs {needed}, and no code of others is run. Use "
+        f"Cannot use {str(path)!r}: it needs {needed}, and no other code is run. Use "
         "polyak_model.soups.greedy_soup in a program that imports what the model needs."
     )

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"([0-9]+)")
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
 _EPOCH = re.compile(r"epochs?[-_=. ]?([0-9]+)", re.IGNORECASE)
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
-_LONGEST_HISTORY = 64 * 2**20
+_LONGEST_HISTORY = 16 * 2**20
 
 
 def list_folder(folder, output):

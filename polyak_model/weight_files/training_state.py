@@ -8,6 +8,9 @@ the weights. A layer saves its trainable variables first. tf_keras saves compile
 metrics in a group `metrics`, which cannot be an attribute of a model.
 """
 
+import collections
+import itertools
+
 
 def find_training_state(weights):
     """Finds the groups with the state of optimizers and metrics.
@@ -16,36 +19,37 @@ def find_training_state(weights):
         weights: A `WeightFile`.
 
     Returns:
-        Tuple `(optimizers, metrics)` of lists of groups.
+        Tuple `(optimizers, metrics)` of sets of groups.
 
     Example:
 
     >>> from polyak_model.weight_files.reader import WeightFile
     >>> groups = dict.fromkeys(["", "layers", "layers/optimizer", "optimizer", "metrics"], {})
     >>> find_training_state(WeightFile("a.weights.h5", ".weights.h5", {}, groups))
-    (['optimizer'], ['metrics'])
+    ({'optimizer'}, {'metrics'})
     """
-    optimizers, metrics = [], []
+    optimizers, metrics = set(), set()
+    shapes = collections.Counter(variable.shape for variable in weights.variables.values())
     for group in weights.attributes:
         parent, _, name = group.rpartition("/")
         if not group or parent.rpartition("/")[2] == "layers":
             continue
         if name == "metrics":
-            metrics.append(group)
-        elif name == "optimizer" or _has_optimizer_variables(weights, group):
-            optimizers.append(group)
+            metrics.add(group)
+        elif name == "optimizer" or _is_optimizer(name, _own_variables(weights, group), shapes):
+            optimizers.add(group)
     return optimizers, metrics
 
 
 def is_inside(name, groups):
-    """Returns whether a variable or group is one of some groups or inside one.
+    """Returns whether a variable or group is in a set of groups or inside one of them.
 
     Example:
 
-    >>> is_inside("optimizer/vars/0", ["optimizer"]), is_inside("optimizers", ["optimizer"])
+    >>> is_inside("optimizer/vars/0", {"optimizer"}), is_inside("optimizers", {"optimizer"})
     (True, False)
     """
-    return any(name == group or name.startswith(f"{group}/") for group in groups)
+    return any(path in groups for path in itertools.accumulate(name.split("/"), "{}/{}".format))
 
 
 def split_variables(weights, group=""):
@@ -61,13 +65,15 @@ def split_variables(weights, group=""):
 
     Example:
 
+    >>> import numpy as np
     >>> from polyak_model.weight_files.reader import WeightFile
-    >>> file = {"layers/dense/vars/0": 1, "optimizer/vars/0": 2}
+    >>> file = dict.fromkeys(["layers/dense/vars/0", "optimizer/vars/0"], np.zeros(3))
     >>> groups = dict.fromkeys(["", "layers", "layers/dense", "optimizer"], {})
-    >>> split_variables(WeightFile("a.weights.h5", ".weights.h5", file, groups))
-    ({'layers/dense/vars/0': 1}, {'optimizer/vars/0': 2})
+    >>> weights = WeightFile("a.weights.h5", ".weights.h5", file, groups)
+    >>> [list(part) for part in split_variables(weights)]
+    [['layers/dense/vars/0'], ['optimizer/vars/0']]
     """
-    optimizers, metrics = map(tuple, find_training_state(weights))
+    optimizers, metrics = find_training_state(weights)
     prefix = f"{group}/" if group else ""
     model, state = {}, {}
     for name, variable in weights.variables.items():
@@ -77,15 +83,24 @@ def split_variables(weights, group=""):
     return model, state
 
 
-def _has_optimizer_variables(weights, group):
-    first, second = (weights.variables.get(f"{group}/vars/{n}") for n in range(2))
-    if first is None or first.shape != () or "int" not in first.dtype:
+def _own_variables(weights, group):
+    numbered = (weights.variables.get(f"{group}/vars/{n}") for n in itertools.count())
+    return list(itertools.takewhile(lambda variable: variable is not None, numbered))
+
+
+def _is_optimizer(name, variables, shapes):
+    """Returns whether variables are those of an optimizer.
+
+    Args:
+        name: Name of their group.
+        variables: List of variables.
+        shapes: A `Counter` of the shapes of all variables in the file.
+    """
+    if not variables or variables[0].shape != () or "int" not in variables[0].dtype:
         return False
-    if second is None:
-        return "optimizer" in group.rpartition("/")[2]
-    if second.shape == ():
-        return second.dtype.startswith("float")
-    prefix = f"{group}/"
-    others = {v.shape for name, v in weights.variables.items() if not name.startswith(prefix)}
-    moments = [v.shape for name, v in weights.variables.items() if name.startswith(prefix)]
-    return others.issuperset(shape for shape in moments if shape)
+    if len(variables) == 1:
+        return "optimizer" in name
+    if variables[1].shape == ():
+        return "float" in variables[1].dtype
+    moments = collections.Counter(variable.shape for variable in variables if variable.shape)
+    return all(shapes[shape] > count for shape, count in moments.items())

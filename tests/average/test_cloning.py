@@ -7,7 +7,8 @@ from keras import layers
 from models import LazyClassifier, compile_classifier, make_classifier
 
 from polyak_model import PolyakModel, UniformAverage
-from polyak_model.average import cloning
+from polyak_model.average.clone_check import pair_weights
+from polyak_model.average.cloning import clone_model
 
 
 def make_functional():
@@ -33,18 +34,18 @@ MAKERS = pytest.mark.parametrize(
 @MAKERS
 def test_a_clone_shares_no_variable_and_has_the_same_architecture(make):
     model = make()
-    clone = cloning.clone_model(model)
+    clone = clone_model(model)
     assert type(clone) is type(model)
     assert clone.built is model.built
     assert not {id(v) for v in model.variables} & {id(v) for v in clone.variables}
-    assert len(cloning.pair_weights(model, clone)) == len(model.weights)
+    assert len(pair_weights(model, clone)) == len(model.weights)
 
 
 @MAKERS
 def test_cloning_leaves_the_model_and_pythons_random_state_alone(make):
     model = make()
     weights, state = model.get_weights(), random.getstate()
-    cloning.clone_model(model)
+    clone_model(model)
     assert random.getstate() == state
     assert len(weights) == len(model.weights)
     for before, after in zip(weights, model.get_weights(), strict=True):
@@ -54,7 +55,7 @@ def test_cloning_leaves_the_model_and_pythons_random_state_alone(make):
 def test_a_clone_of_a_compiled_model_carries_no_optimizer():
     inner = compile_classifier(keras.Sequential([keras.Input((6,)), make_classifier()]))
     compile_classifier(inner.layers[0])
-    clone = cloning.clone_model(inner)
+    clone = clone_model(inner)
     assert not clone.compiled
     assert not clone.layers[0].compiled
 
@@ -62,12 +63,12 @@ def test_a_clone_of_a_compiled_model_carries_no_optimizer():
 def test_a_clone_keeps_the_frozen_state_of_each_layer():
     model = make_classifier()
     model.layers[0].trainable = False
-    assert [layer.trainable for layer in cloning.clone_model(model).layers] == [
+    assert [layer.trainable for layer in clone_model(model).layers] == [
         layer.trainable for layer in model.layers
     ]
 
 
-def test_an_adapted_normalization_answers_alike_in_the_clone():
+def test_an_adapted_normalization_is_the_same_in_the_clone():
     normalization = layers.Normalization()
     normalization.adapt(np.random.default_rng(0).normal(5, 2, size=(50, 3)))
     inner = keras.Sequential([keras.Input((3,)), normalization, layers.Dense(1)])
@@ -76,31 +77,41 @@ def test_an_adapted_normalization_answers_alike_in_the_clone():
     np.testing.assert_array_equal(model.predict(x, verbose=0), inner.predict(x, verbose=0))
 
 
-class WithoutConfig(keras.Model):
-    def __init__(self, width):
-        super().__init__()
-        self.dense = layers.Dense(width)
+class Handle:
+    """An object of a C library, which nothing can look into."""
 
-    def call(self, inputs):
-        return self.dense(inputs)
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot pickle 'Handle' object")
 
 
-def test_a_model_keras_cannot_clone_is_refused_with_the_way_out():
-    class Unclonable(WithoutConfig):
-        def get_config(self):
-            raise NotImplementedError("no config here")
+class Foreign(layers.Dense):
+    """A layer that keeps such objects."""
 
-    with pytest.raises(ValueError, match="Unclonable: no config here\n.*`clone_function`"):
-        PolyakModel(Unclonable(3))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.handles = [Handle()]
 
 
-def test_a_clone_function_serves_a_model_keras_cannot_clone():
-    class Unclonable(WithoutConfig):
-        def get_config(self):
-            raise NotImplementedError("no config here")
+def make_foreign():
+    return keras.Sequential([keras.Input((3,)), Foreign(2, name="odd")])
 
-    model = PolyakModel(Unclonable(3), clone_function=lambda: Unclonable(3))
-    x = np.ones((2, 4), "float32")
+
+def test_an_object_that_cannot_be_copied_is_refused_by_name_with_the_way_out():
+    message = "`handles` of 'odd' of class .*Foreign holds a .*Handle, .*Pass `clone_function`"
+    with pytest.raises(ValueError, match=message):
+        PolyakModel(make_foreign())
+
+
+def test_a_model_loaded_with_its_graph_is_refused_by_name(tmp_path):
+    keras.Sequential([keras.Input((3,)), layers.Dense(2)]).export(tmp_path / "it", verbose=False)
+    layer = layers.TFSMLayer(tmp_path / "it", call_endpoint="serve", name="loaded")
+    with pytest.raises(ValueError, match="of 'loaded' of class .*TFSMLayer.*`clone_function`"):
+        PolyakModel(keras.Sequential([keras.Input((3,)), layer, layers.Dense(1)]))
+
+
+def test_a_clone_function_serves_a_model_that_cannot_be_copied():
+    model = PolyakModel(make_foreign(), clone_function=make_foreign)
+    x = np.ones((2, 3), "float32")
     np.testing.assert_array_equal(
         model.predict(x, verbose=0), model.raw_model.predict(x, verbose=0)
     )

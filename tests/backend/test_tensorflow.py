@@ -1,3 +1,6 @@
+import dataclasses
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from models import compile_classifier, make_classifier
 
 from polyak_model import backend
+from polyak_model.backend.common import optimizers_of
 
 
 def variables(*values, dtype="float32"):
@@ -30,7 +34,7 @@ def test_a_fingerprint_is_the_same_however_it_is_computed(dtype):
     values=st.lists(st.integers(-8, 8), min_size=6, max_size=6),
     steps=st.lists(st.integers(-2, 2), min_size=6, max_size=6),
 )
-def test_a_fingerprint_tells_any_two_values_apart(values, steps):
+def test_fingerprints_differ_where_values_do(values, steps):
     values, moved = np.array(values, "float32"), np.array(values, "float32") + np.array(steps)
     one, other = (backend.fingerprint(variables(v[:4], v[4:])) for v in (values, moved))
     assert (int(one) == int(other)) == np.array_equal(values, moved)
@@ -83,6 +87,55 @@ def test_accumulation_and_loss_scaling_may_skip_steps(optimizer, may_skip):
     assert backend.may_skip_steps(model) is may_skip
 
 
+@dataclasses.dataclass
+class Players:
+    first: keras.optimizers.Optimizer
+    others: dict
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda first, second: {"one": first, "other": second},
+        lambda first, second: [first, (second,)],
+        lambda first, second: types.SimpleNamespace(first=first, more={"second": [second]}),
+        lambda first, second: Players(first, {"second": second}),
+        lambda first, second: {first, second},
+    ],
+    ids=["dict", "list", "namespace", "dataclass", "set"],
+)
+def test_optimizers_are_found_wherever_a_model_keeps_them(keep):
+    first, second = keras.optimizers.SGD(), keras.optimizers.Adam()
+    inner = keras.Sequential([keras.layers.Dense(1)])
+    inner.kept = keep(first, second)
+    model = keras.Sequential([keras.Input((2,)), inner])
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "mse")
+    assert {*optimizers_of(model)} == {model.optimizer, first, second}
+    assert len(optimizers_of(model)) == 3
+
+
+class Trained(backend.TrainingStep, keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.layer = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.layer(x)
+
+    def _train_batch(self, data):
+        return {"ours": keras.ops.sum(data[0])}
+
+
+def test_a_step_of_ours_replaces_that_of_keras_and_no_other(mode):
+    model = Trained()
+    model.compile("sgd", "mse", **mode)
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    history = model.fit(x, y, validation_data=(x, y), batch_size=4, verbose=0).history
+    assert history["ours"] == [8.0]
+    assert history["val_loss"] == [model.evaluate(x, y, verbose=0)]
+    assert model.predict(x, verbose=0).shape == (4, 1)
+
+
 def test_symbolic_inputs_have_the_shapes_and_dtypes_of_the_batch():
     symbolic = backend.symbolic({"a": tf.zeros((2, 3)), "b": [tf.constant(["x"])], "c": None})
     assert (symbolic["a"].shape, symbolic["a"].dtype) == ((2, 3), "float32")
@@ -90,42 +143,42 @@ def test_symbolic_inputs_have_the_shapes_and_dtypes_of_the_batch():
     assert symbolic["c"] is None
 
 
-class Asked(tf.Module):
-    """Reads a variable apart, and notes each time whether its graph is traced for an export."""
+class Probe(tf.Module):
+    """Changes a variable outside of traces, and records whether a trace is for an export."""
 
     def __init__(self):
         self.state = tf.Variable(3.0)
-        self.answers = []
+        self.exports = []
 
     @tf.function
-    def ask(self, x):
-        self.answers.append(backend.traces_for_export())
+    def call(self, x):
+        self.exports.append(backend.traces_for_export())
         backend.outside_trace(lambda: self.state.assign_add(1.0))
         return x
 
 
-def test_a_graph_is_traced_for_export_while_it_is_written_and_at_no_other_time(tmp_path):
-    asked = Asked()
-    asked.ask(tf.zeros(2))
-    signature = asked.ask.get_concrete_function(tf.zeros(3))
-    assert asked.answers == [False, False]
-    tf.saved_model.save(asked, tmp_path / "traced", signatures=signature)
+def test_an_export_is_recognized_and_no_other_trace_is(tmp_path):
+    probe = Probe()
+    probe.call(tf.zeros(2))
+    signature = probe.call.get_concrete_function(tf.zeros(3))
+    assert probe.exports == [False, False]
+    tf.saved_model.save(probe, tmp_path / "traced", signatures=signature)
     archive = keras.export.ExportArchive()
-    archive.add_endpoint("serve", asked.ask.python_function, [tf.TensorSpec((None,))])
+    archive.add_endpoint("serve", probe.call.python_function, [tf.TensorSpec((None,))])
     archive.write_out(tmp_path / "tracing", verbose=False)
-    assert asked.answers[2:]
-    assert all(asked.answers[2:])
+    assert probe.exports[2:]
+    assert all(probe.exports[2:])
     assert not backend.traces_for_export()
 
 
-def test_what_is_done_apart_is_done_once_and_leaves_nothing_in_the_graph():
-    asked = Asked()
-    function = asked.ask.get_concrete_function(tf.zeros(2))
+def test_a_function_called_outside_a_trace_is_called_once_and_adds_nothing_to_the_graph():
+    probe = Probe()
+    function = probe.call.get_concrete_function(tf.zeros(2))
     function(tf.zeros(2))
-    assert float(asked.state) == 4.0
+    assert float(probe.state) == 4.0
     assert function.graph.variables == ()
 
 
-def test_what_fails_apart_fails_here():
+def test_an_error_outside_a_trace_is_raised():
     with pytest.raises(ZeroDivisionError):
         backend.outside_trace(lambda: 1 / 0)

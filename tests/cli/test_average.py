@@ -1,6 +1,7 @@
 import os
 import pathlib
 import pty
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ HISTORY = "epoch,loss,val_loss\n0,3,0.5\n1,2,0.3\n2,1,0.4\n"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three epochs as .weights.h5 in `run`, whose weights are 1, 2 and 6; the working directory."""
+    """The working directory: a folder `run` with three epochs, whose weights are 1, 2 and 6."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     for n, value in enumerate((1, 2, 6), 1):
@@ -33,14 +34,14 @@ OUT = ["-o", "out.weights.h5"]
 
 
 def averaged(*arguments):
-    """Runs the command; returns the average of the one number in the files."""
+    """Runs the command and returns the average of the one number in the files."""
     assert cli.main(["average", *arguments, *OUT]) == 0
     with open_weights("out.weights.h5") as weights:
         (value,) = set(weights.variables["layers/dense/vars/0"].read().tolist())
     return value
 
 
-def test_files_are_averaged_and_what_counted_how_much_is_printed(folder, capfd):
+def test_files_are_averaged_and_their_shares_are_printed(folder, capfd):
     assert averaged(*FILES) == 3
     output, complaint = capfd.readouterr()
     assert output.splitlines() == [
@@ -61,7 +62,7 @@ def test_files_are_averaged_and_what_counted_how_much_is_printed(folder, capfd):
         [*FILES, "--weights", "0.5", "1e0", "1.5"],
     ],
 )
-def test_weights_can_be_typed_in_every_way(folder, arguments):
+def test_weights_can_be_separated_by_spaces_or_commas(folder, arguments):
     assert averaged(*arguments) == pytest.approx((1 + 2 * 2 + 3 * 6) / 6, rel=1e-7)
 
 
@@ -76,7 +77,7 @@ def test_weights_can_be_typed_in_every_way(folder, arguments):
         (["power", "--gamma", "1"], [1, 3, 5]),
     ],
 )
-def test_a_rule_counts_later_files_more(folder, arguments, shares):
+def test_a_rule_weights_later_files_more(folder, arguments, shares):
     expected = np.dot(shares, [1, 2, 6]) / np.sum(shares)
     assert averaged(*FILES, "--rule", *arguments) == pytest.approx(expected, rel=1e-7)
 
@@ -91,20 +92,20 @@ def test_a_rule_counts_later_files_more(folder, arguments, shares):
         ([*FILES, "--last", "3"], 3),
     ],
 )
-def test_some_files_are_chosen(folder, arguments, expected):
+def test_the_last_or_the_best_files_are_chosen(folder, arguments, expected):
     assert averaged(*arguments) == expected
 
 
-def test_what_is_not_averaged_is_named(tmp_path, monkeypatch, capfd):
+def test_variables_that_are_copied_are_named(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     paths = [str(write_keras(tmp_path / f"{n}.keras")) for n in "ab"]
     assert cli.main(["average", *paths, "-o", "out.keras"]) == 0
-    line = "Taken from the last file: layers/dropout/seed_generator/vars/0."
+    line = "Copied from the last file: layers/dropout/seed_generator/vars/0."
     assert line in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-def test_batch_normalization_is_told_in_one_line(tmp_path, monkeypatch, capfd, ending):
+def test_the_batch_normalization_hint_is_one_line(tmp_path, monkeypatch, capfd, ending):
     monkeypatch.chdir(tmp_path)
     tensors = {f"layers/batch_normalization_{n}/vars/0": np.ones(2) for n in range(4)}
     paths = [str(WRITERS[ending](tmp_path / f"{n}{ending}", tensors)) for n in "ab"]
@@ -113,7 +114,7 @@ def test_batch_normalization_is_told_in_one_line(tmp_path, monkeypatch, capfd, e
     assert lines[-2] == "Written: out.weights.h5"
     assert lines[-1].startswith(
         "BatchNormalization: the averaged statistics of layers/batch_normalization_0, "
-        "layers/batch_normalization_1 and 2 more do not fit"
+        "layers/batch_normalization_1 and 2 more do not match"
     )
     assert "`polyak_model.refresh_statistics(model, data)`" in lines[-1]
 
@@ -124,7 +125,7 @@ def test_batch_normalization_is_told_in_one_line(tmp_path, monkeypatch, capfd, e
         ([*FILES], "Missing option"),
         ([*OUT], "Missing argument"),
         ([FILES[0], *OUT], "at least two files"),
-        ([*FILES, "nowhere.keras", *OUT], "'nowhere.keras': No such file"),
+        ([*FILES, "nowhere.keras", *OUT], "'nowhere.keras' does not exist"),
         ([*FILES, "-o", FILES[0]], "it is one of the files to read"),
         ([*FILES, "--weights", "1", "2", *OUT], "2 weights for 3 files"),
         ([*FILES, "--weights", "1", "0", "1", *OUT], "must be positive finite numbers"),
@@ -132,31 +133,43 @@ def test_batch_normalization_is_told_in_one_line(tmp_path, monkeypatch, capfd, e
         ([*FILES, "--weights", "1", "inf", "1", *OUT], "must be positive finite numbers"),
         ([*FILES, "--weights", "one", *OUT], "Received: one. Try --weights 1 2 3."),
         ([*FILES, *OUT, "--weights"], "requires an argument"),
-        ([*FILES, "--weights", "1,2,3", "--rule", "power", *OUT], "exclude each other"),
-        ([*FILES, "--weights", "1,2,3", "--decay", "0.9", *OUT], "exclude each other"),
-        ([*FILES, "--rule", "ema", *OUT], "one of uniform, exponential, polynomial, power"),
+        ([*FILES, "--weights", "1,2,3", "--rule", "power", *OUT], "cannot be combined"),
+        ([*FILES, "--weights", "1,2,3", "--decay", "0.9", *OUT], "cannot be combined"),
+        (
+            [*FILES, "--rule", "ema", *OUT],
+            "'ema' is not one of 'uniform', 'exponential', 'polynomial', 'power'",
+        ),
         ([*FILES, "--rule", "exponential", *OUT], "needs `--decay`. Try --decay 0.9."),
         ([*FILES, "--rule", "exponential", "--decay", "1", *OUT], "in [0, 1)"),
-        ([*FILES, "--rule", "power", "--gamma", "-1", *OUT], "at least 0"),
-        ([*FILES, "--rule", "power", "--decay", "0.9", *OUT], "`--decay` is no option of --rule"),
-        ([*FILES, "--decay", "0.9", *OUT], "`--decay` is no option of --rule uniform"),
-        (["run", *OUT], "with --last or --best. For all files in it name run/*."),
-        (["run", FILES[0], "--last", "2", *OUT], "it must be the only input"),
-        (["run", "--last", "1", *OUT], "at least 2"),
+        ([*FILES, "--rule", "power", "--gamma", "-1", *OUT], "Invalid value for '--gamma'"),
+        (
+            [*FILES, "--rule", "power", "--decay", "0.9", *OUT],
+            "`--decay` does not apply to --rule power",
+        ),
+        ([*FILES, "--decay", "0.9", *OUT], "`--decay` does not apply to --rule uniform"),
+        (
+            ["run", *OUT],
+            "with --last or --best. Received: run. To average all files in it, pass run/*.",
+        ),
+        (["run", FILES[0], "--last", "2", *OUT], "A folder must be the only input"),
+        (["run", "--last", "1", *OUT], "Invalid value for '--last'"),
         (["run", "--last", "4", *OUT], "but there are 3"),
-        (["run", "--last", "2", "--best", "2", *OUT], "exclude each other"),
-        (["run", "--best", "2", *OUT], "belong together"),
-        (["run", "--best", "2", "--by", "history.csv:loss", *OUT], "belong together"),
-        ([*FILES, "--mode", "min", *OUT], "belong together"),
+        (["run", "--last", "2", "--best", "2", *OUT], "cannot be combined"),
+        (["run", "--best", "2", *OUT], "must be given together"),
+        (["run", "--best", "2", "--by", "history.csv:loss", *OUT], "must be given together"),
+        ([*FILES, "--mode", "min", *OUT], "must be given together"),
         (["run", "--best", "2", "--by", "history.csv", "--mode", "min", *OUT], "FILE.csv:COLUMN"),
-        (["run", "--best", "2", "--by", "history.csv:loss", "--mode", "up", *OUT], "min or max"),
+        (
+            ["run", "--best", "2", "--by", "history.csv:loss", "--mode", "up", *OUT],
+            "'up' is not one of 'min', 'max'",
+        ),
         (
             ["run", "--best", "2", "--by", "history.csv:acc", "--mode", "max", *OUT],
             "no column 'acc'",
         ),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(folder, capfd, arguments, expected):
+def test_unusable_input_is_refused_in_one_line(folder, capfd, arguments, expected):
     before = sorted(folder.rglob("*"))
     assert cli.main(["average", *arguments]) == 2
     output, complaint = capfd.readouterr()
@@ -167,12 +180,12 @@ def test_what_cannot_be_used_is_refused_in_one_line(folder, capfd, arguments, ex
     assert sorted(folder.rglob("*")) == before
 
 
-def run_process(folder, program, **options):
+def run_process(folder, program, environment=None, **options):
     root = str(pathlib.Path(polyak_model.__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": root},
+        env=os.environ | {"PYTHONPATH": root, "TERM": "xterm"} | (environment or {}),
         check=True,
         **options,
     )
@@ -190,25 +203,37 @@ def test_neither_keras_nor_tensorflow_is_imported(folder):
     assert done.stderr == ""
 
 
-@pytest.mark.processes
-def test_a_bar_is_drawn_only_on_a_terminal_and_only_after_a_while(folder):
-    def shown(patience):
-        program = (
-            "from polyak_model.cli import app as cli, average\n"
-            f"average._PATIENCE_SECONDS = {patience}\n"
-            f"assert cli.main(['average', *{FILES}, '-o', 'out.weights.h5']) == 0"
-        )
-        terminal, ours = pty.openpty()
-        run_process(folder, program, stderr=ours, stdout=subprocess.DEVNULL)
-        os.write(ours, b"end")
-        os.close(ours)
-        text = os.read(terminal, 10**5).decode()
-        os.close(terminal)
-        return text
+def run_on_a_terminal(folder, *arguments, **environment):
+    """Runs a command whose stderr is a terminal, and returns what it writes there."""
+    terminal, stderr = pty.openpty()
+    program = f"from polyak_model.cli.app import main; main({list(arguments)})"
+    run_process(folder, program, stderr=stderr, stdout=subprocess.DEVNULL, environment=environment)
+    os.write(stderr, b"end")
+    os.close(stderr)
+    text = os.read(terminal, 10**5).decode()
+    os.close(terminal)
+    return text
 
-    assert shown(patience=60) == "end"
-    assert "Averaging" in shown(patience=0)
-    assert "100%" in shown(patience=0)
+
+@pytest.mark.processes
+def test_a_progress_bar_is_drawn_on_a_terminal_and_erased(folder):
+    text = run_on_a_terminal(folder, "average", *FILES, *OUT)
+    assert "Averaging" in text
+    assert "100%" in text
+    assert text.endswith("\x1b[2Kend")
+    assert run_on_a_terminal(folder, "average", *FILES, *OUT, "--quiet") == "end"
+
+
+@pytest.mark.processes
+def test_the_progress_bar_has_no_colors_with_no_color(folder):
+    colors = re.compile(r"\x1b\[[0-9;]*3[0-9]")
+    assert colors.search(run_on_a_terminal(folder, "average", *FILES, *OUT, NO_COLOR=""))
+    assert not colors.search(run_on_a_terminal(folder, "average", *FILES, *OUT, NO_COLOR="1"))
+
+
+def test_quiet_prints_nothing(folder, capfd):
+    averaged(*FILES, "--quiet")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_help_shows_every_option():

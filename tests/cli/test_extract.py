@@ -17,7 +17,7 @@ def wrapper():
 
 @pytest.fixture(scope="module")
 def saved(wrapper, tmp_path_factory):
-    """A folder with its files."""
+    """A folder with the files of a wrapper."""
     folder = tmp_path_factory.mktemp("files")
     wrapper.save(folder / "wrapper.keras")
     wrapper.save_weights(folder / "wrapper.weights.h5")
@@ -26,7 +26,7 @@ def saved(wrapper, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def files(saved, tmp_path):
-    """They are in the working directory."""
+    """Copies the files to the working directory."""
     for path in saved.iterdir():
         shutil.copy(path, tmp_path)
 
@@ -53,7 +53,11 @@ def test_the_written_weights_are_those_of_the_model(wrapper, run, source):
         np.testing.assert_array_equal(array, original)
 
 
-def test_a_file_of_that_name_is_replaced(run):
+def test_quiet_prints_nothing(run):
+    assert run("extract", "wrapper.keras", "-o", "out.keras", "--quiet") == ""
+
+
+def test_an_existing_file_is_replaced(run):
     pathlib.Path("out.keras").write_text("before")
     run("extract", "wrapper.keras", "-o", "out.keras")
     assert keras.models.load_model("out.keras").built
@@ -66,12 +70,15 @@ def test_a_file_of_that_name_is_replaced(run):
         (["wrapper.keras", "-o", "out.h5"], "`--output` must be a .keras or .weights.h5 file"),
         (["wrapper.weights.h5", "-o", "out.keras"], "`--output` must be a .weights.h5 file"),
         (["wrapper.keras", "-o", "no/out.keras"], "but there is no folder 'no'. Choose another"),
-        (["wrapper.keras", "-o", "wrapper.keras"], "which is the file that is read"),
-        (["wrapper.keras", "-o", "./link.keras"], "which is the file that is read"),
+        (["wrapper.keras", "-o", "wrapper.keras"], "which is the input file"),
+        (["wrapper.keras", "-o", "./link.keras"], "which is the input file"),
         (["wrapper.keras", "-o", "folder.keras"], "'folder.keras', which is a folder"),
-        (["wrapper.keras", "-o", "a.keras", "--contents", "both"], "Received: 'both'. Try --cont"),
-        (["none.keras", "-o", "out.keras"], "'none.keras': No such file"),
-        (["out.csv", "-o", "out.keras"], "its name must end in one of"),
+        (
+            ["wrapper.keras", "-o", "a.keras", "--contents", "both"],
+            "'both' is not one of 'average', 'raw'",
+        ),
+        (["none.keras", "-o", "out.keras"], "'none.keras' does not exist"),
+        (["broken.csv", "-o", "out.keras"], "its name must end in one of"),
         (
             ["plain.weights.h5", "-o", "out.weights.h5"],
             "'plain.weights.h5': it contains no average",
@@ -79,23 +86,24 @@ def test_a_file_of_that_name_is_replaced(run):
         (["broken.keras", "-o", "out.keras"], "'broken.keras'"),
     ],
 )
-def test_what_cannot_be_extracted_is_refused(refused, arguments, expected):
+def test_unusable_input_is_refused(refused, arguments, expected):
     os.symlink("wrapper.keras", "link.keras")
     os.mkdir("folder.keras")
     with h5py.File("plain.weights.h5", "w") as file:
         file["layers/dense/vars/0"] = 1.0
     content = pathlib.Path("wrapper.keras").read_bytes()
     pathlib.Path("broken.keras").write_bytes(content[: len(content) // 2])
+    pathlib.Path("broken.csv").write_text("no weights")
     assert expected in refused("extract", *arguments)
 
 
-def test_a_folder_that_may_not_be_written_to_is_refused(refused, monkeypatch):
+def test_a_folder_that_is_not_writable_is_refused(refused, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert "'.' may not be written to" in refused("extract", "wrapper.keras", "-o", "out.keras")
+    assert "'.' is not writable" in refused("extract", "wrapper.keras", "-o", "out.keras")
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("full")])
-def test_a_file_that_cannot_be_written_is_told_in_one_line(refused, monkeypatch, failure):
+def test_a_failure_to_write_is_reported_in_one_line(refused, monkeypatch, failure):
     def fail(*arguments):
         raise failure
 

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import shutil
@@ -21,6 +22,7 @@ def saved(tmp_path_factory):
     model.save_weights(folder / "wrapper.weights.h5")
     model.average_model.save(folder / "plain.keras")
     keras.Sequential([keras.Input((6,)), model]).save_weights(folder / "larger.weights.h5")
+    (folder / "text.npz").write_text("no arrays")
     return folder
 
 
@@ -46,7 +48,7 @@ def test_the_variables_are_listed_with_their_total(saved, run):
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_a_wrapper_is_told_by_its_rule_its_step_and_its_distances(saved, run, ending, tmp_path):
+def test_the_rule_the_step_and_the_distances_of_a_wrapper_are_shown(saved, run, ending, tmp_path):
     path = shutil.copy(saved / f"wrapper{ending}", tmp_path)
     if ending == ".weights.h5":
         describe(path, text={"rule": RULE})
@@ -62,25 +64,59 @@ def test_a_wrapper_is_told_by_its_rule_its_step_and_its_distances(saved, run, en
     assert all(float(number) > 0 for row in rows for number in row[1:])
 
 
-def test_a_file_that_does_not_say_its_rule_is_inspected(saved, run, tmp_path):
+def test_a_file_without_its_rule_is_inspected(saved, run, tmp_path):
     path = shutil.copy(saved / "wrapper.weights.h5", tmp_path)
     describe(path, text=None)
     assert "\nrule  not written in this file\n" in run("inspect", path)
 
 
-def test_a_wrapper_inside_a_larger_model_is_told_by_its_place(saved, run):
+def test_a_wrapper_inside_a_larger_model_is_shown_with_its_path(saved, run):
     text = run("inspect", saved / "larger.weights.h5")
     assert text.startswith("The model:\n")
     assert "The average at layers/polyak_model:\n" in text
     assert "\nstep  3\n" in text
 
 
-def test_names_cannot_command_the_terminal(saved, run, tmp_path):
+def test_control_characters_in_names_are_escaped(saved, run, tmp_path):
     path = shutil.copy(saved / "wrapper.weights.h5", tmp_path)
     describe(path, text={"rule": {"class_name": "\x1b[2J", "config": {"\n": "\x07"}}})
     with h5py.File(path, "r+") as file:
-        file["layers/sequential/layers/dense/vars"].attrs["name"] = "\x1b[31m\nred"
-    assert run("inspect", path).replace("\n", "").isprintable()
+        file["layers/sequential/layers/dense/vars"].attrs["name"] = "\x1b[31m\n[red]red"
+    text = run("inspect", path)
+    assert text.replace("\n", "").isprintable()
+    assert "\\x1b[31m\\n[red]red" in text
+
+
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
+def test_json_has_the_same_content_as_the_text(saved, run, ending):
+    path = saved / f"wrapper{ending}"
+    content = json.loads(run("inspect", "--json", path))
+    assert content["file"] == str(path)
+    assert content["parameters"] == sum(each["parameters"] for each in content["variables"]) == 54
+    assert [content["optimizer"][key] for key in ("variables", "parameters")] == [14, 94]
+    assert content["optimizer"]["names"][0].startswith("adam")
+    (average,) = content["averages"]
+    assert (average["path"], average["step"]) == ("", 3)
+    assert average["rule"]["config"]["decay"] == 0.5
+    rows = read_table(run("inspect", path) + "\n\n", "layer")
+    assert rows == [
+        [each["layer"], f"{each['distance']:.4g}", f"{each['relative']:.4g}"]
+        for each in average["distances"]
+    ]
+
+
+def test_json_of_a_plain_model_has_no_averages(saved, run):
+    assert json.loads(run("inspect", saved / "plain.keras", "--json"))["averages"] == []
+
+
+def test_json_has_null_for_numbers_that_json_lacks(saved, run, tmp_path):
+    path = shutil.copy(saved / "wrapper.weights.h5", tmp_path)
+    with h5py.File(path, "r+") as file:
+        file["layers/sequential/layers/dense/vars/0"][...] = 0
+        file["layers/sequential/layers/dense/vars/1"][...] = 0
+    text = run("inspect", path, "--json")
+    distances = json.loads(text, parse_constant=pytest.fail)["averages"][0]["distances"]
+    assert {each["layer"]: each["relative"] for each in distances}["layers/dense"] is None
 
 
 @pytest.mark.processes
@@ -94,7 +130,7 @@ def test_neither_keras_nor_tensorflow_is_imported(saved):
     for arguments in (
         ["inspect", "wrapper.keras"],
         ["extract", "wrapper.keras", "-o", "out.keras"],
-        ["soup", "plain.keras", "plain.keras", "--data", "none.npz", "-o", "out.keras"],
+        ["soup", "plain.keras", "plain.keras", "--data", "text.npz", "-o", "out.keras"],
     ):
         result = subprocess.run(
             [*command, *arguments],
@@ -108,7 +144,7 @@ def test_neither_keras_nor_tensorflow_is_imported(saved):
 
 
 @pytest.mark.parametrize("name", ["none.keras", "text.keras", "text.weights.h5", "folder", "x.h5"])
-def test_what_is_no_weight_file_is_refused(refused, tmp_path, name):
+def test_other_files_are_refused(refused, tmp_path, name):
     (tmp_path / "folder.keras").mkdir()
     for path in ("text.keras", "text.weights.h5"):
         (tmp_path / path).write_text("no weights")

@@ -12,7 +12,7 @@ TRUTH = np.array([[1.0], [2.0], [3.0]], "float32")
 
 
 def make_line(compiled=True, norm=False):
-    """Makes a model that is right at the weights `TRUTH`."""
+    """Builds a model whose error is 0 at the weights `TRUTH`."""
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
     if norm:
         model.add(keras.layers.BatchNormalization())
@@ -44,7 +44,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def files(saved, tmp_path):
-    """They are in the working directory."""
+    """Copies the files to the working directory."""
     for path in saved.iterdir():
         shutil.copy(path, tmp_path)
 
@@ -53,7 +53,7 @@ CANDIDATES = ["c.weights.h5", "b.keras", "a.weights.h5"]
 OPTIONS = ["--data", "data.npz", "-o", "out.keras"]
 
 
-def test_the_soup_is_the_average_of_those_that_make_it_no_worse(run):
+def test_the_soup_is_the_average_of_the_candidates_that_make_it_no_worse(run):
     text = run("soup", "model.keras", *CANDIDATES, *OPTIONS)
     rows = [line.split() for line in text.splitlines()[:4]]
     assert rows[0] == ["candidate", "loss", "soup", "with", "it", "kept"]
@@ -65,7 +65,8 @@ def test_the_soup_is_the_average_of_those_that_make_it_no_worse(run):
     alone = rows[1][1]
     assert float(rows[2][2]) == float(f"{loss:.5g}") < float(alone)
     assert (
-        f"The soup of 2 of 3 candidates: loss {loss:.5g}. The best of them alone: {alone}." in text
+        f"The soup of 2 of 3 candidates: loss {loss:.5g}. The best candidate alone: {alone}."
+        in text
     )
     assert text.endswith("\nWritten: out.keras\n")
     assert "BatchNormalization" not in text
@@ -84,22 +85,27 @@ def test_the_mode_can_be_given(run):
     assert text.splitlines()[1].startswith("c.weights.h5")
 
 
-def test_statistics_of_batches_are_to_be_refreshed(run):
+def test_the_batch_normalization_hint_is_printed_for_an_average_only(run):
     model = make_line(norm=True)
     for name in ("norm.keras", "one.keras", "two.keras"):
         model.save(name)
     text = run("soup", "norm.keras", "one.keras", "two.keras", *OPTIONS)
-    assert "BatchNormalization: the averaged statistics do not fit the averaged weights." in text
+    assert (
+        "BatchNormalization: the averaged statistics of layers/batch_normalization do not" in text
+    )
     assert "BatchNormalization" not in run("soup", "norm.keras", "one.keras", *OPTIONS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["model.keras", *OPTIONS], "Missing argument 'CANDIDATES...'"),
+        (["model.keras", *OPTIONS], "Missing argument 'CANDIDATES'"),
         (["a.weights.h5", "a.keras", *OPTIONS], "`MODEL.keras` must be named *.keras. Received"),
-        (["model.keras", "a.h5", *OPTIONS], "`CANDIDATES` must be named *.weights.h5 or *.keras."),
-        (["model.keras", "none.keras", *OPTIONS], "'none.keras': No such file"),
+        (
+            ["model.keras", "data.npz", *OPTIONS],
+            "`CANDIDATES` must be named *.weights.h5 or *.keras.",
+        ),
+        (["model.keras", "none.keras", *OPTIONS], "'none.keras' does not exist"),
         (["model.keras", "a.keras", "./a.keras", *OPTIONS], "Two of the files are the same one"),
         (["model.keras", "a.keras", "other.keras", *OPTIONS], "'other.keras'"),
         (
@@ -115,29 +121,29 @@ def test_statistics_of_batches_are_to_be_refreshed(run):
             "'lambda.keras': it needs a layer Lambda",
         ),
         (["model.keras", "a.keras", *OPTIONS, "-o", "a.keras"], "'a.keras'"),
-        (["model.keras", "a.keras", *OPTIONS, "-o", "model.keras"], "the file that is read"),
+        (["model.keras", "a.keras", *OPTIONS, "-o", "model.keras"], "which is the input file"),
         (["model.keras", "a.keras", *OPTIONS, "-o", "out.h5"], "`--output` must be a .weights.h5"),
         (["model.keras", "a.keras", *OPTIONS, "-o", "no/out.keras"], "there is no folder 'no'"),
         (
             ["model.keras", "a.keras", *OPTIONS, "--mode", "best"],
-            "`--mode` must be one of max, min",
+            "'best' is not one of 'min', 'max'",
         ),
         (
             ["model.keras", "a.keras", *OPTIONS, "--batch-size", "0"],
-            "`--batch-size` must be at leas",
+            "Invalid value for '--batch-size'",
         ),
         (["model.keras", "a.keras", *OPTIONS, "--metric", "best"], "`--metric` must be one of"),
         (["model.keras", "a.keras", *OPTIONS, "--metric", "TruePositives"], "Add --mode max or"),
         (
             ["model.keras", "a.keras", *OPTIONS, "--data", "none.npz"],
-            "`--data` must be an .npz file",
+            "'none.npz' does not exist",
         ),
         (["model.keras", "a.keras", *OPTIONS, "--data", "odd.npz"], "on the arrays of `--data`"),
         (["uncompiled.keras", "a.keras", *OPTIONS], "the model was saved without being compiled"),
         (["model.keras", "nan.keras", *OPTIONS], "must have a score other than NaN"),
     ],
 )
-def test_what_cannot_be_cooked_is_refused(refused, arguments, expected):
+def test_unusable_input_is_refused(refused, arguments, expected):
     np.savez("odd.npz", x=X[:, :2], y=X @ TRUTH)
     model = make_line()
     model.set_weights([TRUTH + np.nan])
@@ -145,7 +151,7 @@ def test_what_cannot_be_cooked_is_refused(refused, arguments, expected):
     assert expected in refused("soup", *arguments)
 
 
-def test_a_full_disk_is_told_in_one_line(refused, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(refused, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 

@@ -1,8 +1,8 @@
-"""Averages damaged files; a process of its own, since HDF5 could crash or hang it.
+"""Averages damaged files, in a separate process, since HDF5 could crash or hang.
 
     python tests/helpers/fuzz_worker.py FOLDER .keras 0 1000
 
-Each seed damages one file of the kind in FOLDER and averages it with a whole one.
+Each seed damages one file of the kind in FOLDER and averages it with an intact one.
 Prints how many averages were written and how many refused. Any other outcome,
 or many seconds spent on one file, ends the process with the seed in its message.
 """
@@ -43,7 +43,7 @@ def main(folder, kind, start, count):
 
 
 def write_sources(folder, kind):
-    """Writes whole files of several layouts; returns the contents to damage."""
+    """Writes intact files of several layouts; returns the contents to damage."""
     if kind == ".weights.h5":
         with h5py.File(folder / "latest.h5", "w", libver="latest") as file:
             for name, array in TENSORS.items():
@@ -63,7 +63,7 @@ def write_sources(folder, kind):
 
 
 def survives(folder, kind, sources, random):
-    """Averages a whole file and a damaged one; tells whether the average was written."""
+    """Averages an intact file and a damaged one; returns whether the average was written."""
     source = random.choice(sources)
     whole, damaged = folder / f"whole{kind}", folder / f"damaged{kind}"
     whole.write_bytes(source)
@@ -95,7 +95,7 @@ def survives(folder, kind, sources, random):
 
 
 def damage_shards(folder, damaged, source, random):
-    """Damages the map, or a shard of a map of its own."""
+    """Damages the map, or one of its shards."""
     if random.random() < 0.5:
         if random.random() < 0.5:
             damaged.write_bytes(damage(source, random))
@@ -112,7 +112,7 @@ def damage_shards(folder, damaged, source, random):
 
 
 def damage_members(path, source, random):
-    """Damages what is in an archive, with checksums that fit."""
+    """Damages members of an archive, with valid checksums."""
     path.write_bytes(source)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}

@@ -68,7 +68,7 @@ def write_keras(path, tensors=TENSORS, config=CONFIG, compression=zipfile.ZIP_ST
 
 
 def write_shards(path, tensors=TENSORS):
-    """Writes a file in `.weights.json` with each tensor in a shard of its own.
+    """Writes a file in `.weights.json` with each tensor in its own shard.
 
     Args:
         path: Where.

@@ -57,7 +57,7 @@ def without(config, *keys):
 
 
 @pytest.mark.parametrize(("kind", "contents"), ROUTES)
-def test_the_extracted_model_predicts_what_the_route_of_the_wrapper_does(saved, kind, contents):
+def test_the_extracted_model_predicts_like_the_route_of_the_wrapper(saved, kind, contents):
     folder, wrappers = saved
     loaded = keras.models.load_model(folder / f"{kind}-{contents}.keras")
     assert type(loaded) is type(wrappers[kind].raw_model)
@@ -67,7 +67,7 @@ def test_the_extracted_model_predicts_what_the_route_of_the_wrapper_does(saved, 
 
 
 @pytest.mark.parametrize("contents", CONTENTS)
-def test_the_extracted_model_scores_what_the_route_of_the_wrapper_does(saved, contents):
+def test_the_extracted_model_scores_like_the_route_of_the_wrapper(saved, contents):
     folder, wrappers = saved
     loaded = keras.models.load_model(folder / f"sequential-{contents}.keras")
     expected = wrappers["sequential"].evaluate(INPUTS, TARGETS, verbose=0, using=contents)
@@ -85,7 +85,7 @@ def test_the_extracted_weights_are_those_that_the_model_itself_saves(saved, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_extracted_raw_model_is_what_the_raw_model_itself_saves(saved, kind):
+def test_the_extracted_raw_model_equals_the_saved_raw_model(saved, kind):
     folder, wrappers = saved
     wrappers[kind].raw_model.save(folder / "expected.keras")
     written = folder / f"{kind}-raw.keras"
@@ -96,7 +96,7 @@ def test_the_extracted_raw_model_is_what_the_raw_model_itself_saves(saved, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_extracted_average_model_is_what_the_average_model_itself_saves(saved, kind):
+def test_the_extracted_average_model_equals_the_saved_average_model(saved, kind):
     folder, wrappers = saved
     wrappers[kind].average_model.save(folder / "expected.keras")
     written = folder / f"{kind}-average.keras"
@@ -113,7 +113,7 @@ def test_the_extracted_average_model_is_what_the_average_model_itself_saves(save
     ] * 2
 
 
-def test_the_extracted_raw_model_goes_on_with_its_optimizer(saved):
+def test_the_extracted_raw_model_keeps_its_optimizer(saved):
     folder, wrappers = saved
     loaded = keras.models.load_model(folder / "sequential-raw.keras")
     optimizer = wrappers["sequential"].optimizer
@@ -162,7 +162,7 @@ def test_models_of_lower_precision_are_extracted(tmp_path, policy):
         keras.config.set_dtype_policy(default)
 
 
-def test_a_wrapper_that_was_never_compiled_gives_models_that_are_not(tmp_path):
+def test_models_extracted_from_an_uncompiled_wrapper_are_not_compiled(tmp_path):
     from polyak_model import PolyakModel
 
     PolyakModel(KINDS["sequential"]()).save(tmp_path / "wrapper.keras")
@@ -202,7 +202,7 @@ def test_a_wrapper_inside_a_larger_model_is_named(refused, tmp_path):
 
 
 @pytest.mark.parametrize("config", [{}, {"config": 1}, {"config": {"model": {"class_name": 1}}}])
-def test_a_configuration_without_a_model_is_refused(saved, refused, tmp_path, config):
+def test_a_config_without_a_model_is_refused(saved, refused, tmp_path, config):
     rewrite(saved[0] / "sequential.keras", tmp_path / "odd.keras", "config.json", config)
     assert "its config.json does not describe a PolyakModel" in refused(tmp_path / "odd.keras")
 
@@ -215,7 +215,7 @@ def test_a_damaged_vocabulary_is_refused(saved, refused, tmp_path):
     assert f"its member {asset!r} is damaged" in refused(source)
 
 
-def test_a_configuration_of_any_depth_is_extracted_or_refused(saved, refused, tmp_path):
+def test_a_config_of_any_depth_is_extracted_or_refused(saved, refused, tmp_path):
     source = tmp_path / "deep.keras"
     refusals = 0
     for depth in range(100, 3000, 97):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from polyak_model.errors import InputError
 from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
 from polyak_model.weight_files.reader import ENDINGS, open_weights
 
@@ -69,10 +70,28 @@ class Held(keras.Model):
 
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_layers_of_keras_are_found_wherever_they_are(tmp_path, ending):
+def test_layers_of_keras_are_found_at_any_depth(tmp_path, ending):
     model = Held()
     model(np.zeros((2, 2)))
     path = tmp_path / f"a{ending}"
     (model.save if ending == ".keras" else model.save_weights)(path)
     with open_weights(path) as weights:
         assert len(find_batch_statistics(weights)) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_in_the_layout_of_keras_2_is_refused_with_the_way_out(tmp_path, compiled):
+    layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.ReLU()]
+    legacy = keras.Sequential(layers)
+    if compiled:
+        legacy.compile("adam", "mse")
+    legacy.save(tmp_path / "a.h5")
+    (tmp_path / "a.h5").rename(tmp_path / "a.weights.h5")
+    refused = pytest.raises(InputError, match="it has the layout of Keras 2")
+    with refused, open_weights(tmp_path / "a.weights.h5"):
+        pass
+    # The way out leads out.
+    (tmp_path / "a.weights.h5").rename(tmp_path / "a.h5")
+    keras.models.load_model(tmp_path / "a.h5", compile=False).save(tmp_path / "a.keras")
+    with open_weights(tmp_path / "a.keras") as weights:
+        assert len(weights.variables) == 2

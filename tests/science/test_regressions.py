@@ -14,6 +14,7 @@ import trajectories
 import variance_law
 
 from polyak_model import ExponentialAverage, PolynomialAverage, UniformAverage, rescale_decay
+from polyak_model.rules import shares
 
 pytestmark = pytest.mark.benchmarks
 
@@ -36,16 +37,14 @@ def test_averages_are_the_sums_of_the_iterates_times_their_shares():
     for step, iterate, averages in reports:
         np.testing.assert_array_equal(iterate, path[step - 1])
         for rule, average in zip(rules, averages, strict=True):
-            expected = trajectories.shares(rule, step) @ path[:step]
+            expected = shares(rule, step) @ path[:step]
             np.testing.assert_allclose(average, expected, rtol=1e-13, atol=1e-15)
 
 
 def test_averages_of_the_linear_recursion_equal_linear_algebra():
     steps, eigenvalues = 40, np.array([0.05, 1.0])
     step_size = 0.5 * np.arange(1, steps + 1) ** -0.6
-    share = np.stack(
-        [trajectories.shares(r, steps) for r in (UniformAverage(), PolynomialAverage(3))]
-    )
+    share = np.stack([shares(r, steps) for r in (UniformAverage(), PolynomialAverage(3))])
     variance, mean = recursion.finite_run(share, step_size, eigenvalues)
     for k, eigenvalue in enumerate(eigenvalues):
         # (1 + step_size * eigenvalue * shift) e = start + step_size * noise, for all steps at once.
@@ -121,7 +120,7 @@ def test_estimates_of_covariance_v_over_n_are_measured_as_efficient_unbiased_and
 @pytest.mark.parametrize("setting", variance_law.SETTINGS)
 def test_the_variance_law_is_what_the_shares_of_the_rule_add_up_to(setting):
     steps = 30 * setting.memory
-    share = trajectories.shares(ExponentialAverage(setting.decay), steps)
+    share = shares(ExponentialAverage(setting.decay), steps)
     correlation = (1 - setting.rate) ** np.arange(steps)
     ratio = share @ scipy.linalg.matmul_toeplitz(correlation, share)
     assert ratio == pytest.approx(variance_law.law(setting.rate, setting.decay), rel=1e-10)
@@ -156,7 +155,7 @@ def test_the_profile_of_a_batch_equals_linear_algebra():
     means, variances = batches.profile(a, q, decay, steps)
     effect = scipy.linalg.toeplitz(a ** np.arange(steps), np.eye(steps)[0])
     for t in range(1, steps + 1):
-        share = trajectories.shares(ExponentialAverage(decay), t)
+        share = shares(ExponentialAverage(decay), t)
         assert means[t - 1] == pytest.approx(share @ a ** np.arange(1, t + 1), rel=1e-13)
         noise = share @ effect[:t, :t]
         assert variances[t - 1] == pytest.approx(q * noise @ noise, rel=1e-12)

@@ -22,13 +22,13 @@ def find(path):
         ("layers/my_batch_normalization_head", False),
     ],
 )
-def test_groups_are_told_by_their_names(tmp_path, group, found):
+def test_groups_are_recognized_by_their_names(tmp_path, group, found):
     path = write_hdf5(tmp_path / "a.weights.h5", {f"{group}/vars/0": np.zeros(2)})
     assert find(path) == ([group] if found else [])
 
 
 @pytest.mark.parametrize("name", ["BatchNormalization", "SyncBatchNormalization"])
-def test_layers_are_told_by_their_class_in_a_configuration(tmp_path, name):
+def test_layers_are_recognized_by_their_class_in_a_config(tmp_path, name):
     layers = [{"class_name": name, "config": {"name": "bn"}}, {"class_name": "Dense"}]
     config = CONFIG | {"config": {"layers": [{"config": {"layers": layers}}]}}
     assert find(write_keras(tmp_path / "a.keras", config=config)) == ["bn"]
@@ -36,7 +36,7 @@ def test_layers_are_told_by_their_class_in_a_configuration(tmp_path, name):
 
 
 @pytest.mark.parametrize("config", [None, 7, [], {"name": 3}])
-def test_a_configuration_of_another_form_does_no_harm(tmp_path, config):
+def test_a_malformed_config_does_no_harm(tmp_path, config):
     layers = [{"class_name": "BatchNormalization", "config": config}, {"class_name": []}, None]
     path = write_keras(tmp_path / "a.keras", config={"layers": layers})
     assert len(find(path)) == 1

@@ -44,7 +44,7 @@ def test_shards_are_not_written(refused, pair):
 
 
 @pytest.mark.parametrize("output", ["out.h5", "out", "out.npz"])
-def test_an_output_of_another_kind_is_refused(refused, pair, output):
+def test_an_output_with_another_ending_is_refused(refused, pair, output):
     assert "its name must end in .weights.h5 or .keras" in refused(pair, output)
 
 
@@ -65,7 +65,7 @@ def test_a_file_named_twice_is_refused(refused, pair, link):
     assert "are the same one" in refused(["a.weights.h5", pair[1], pair[0]], "out.weights.h5")
 
 
-def test_a_shard_counts_as_a_file_of_its_own(refused, tmp_path):
+def test_a_shard_counts_as_a_file(refused, tmp_path):
     shards = write_shards(tmp_path / "a.weights.json")
     again = tmp_path / "b.weights.json"
     again.write_text(shards.read_text())

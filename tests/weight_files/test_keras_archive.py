@@ -120,8 +120,8 @@ def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, text):
 
 
 def test_a_long_config_is_refused_before_it_is_parsed(tmp_path):
-    path = write_keras(tmp_path / "a.keras", **{"config.json": b"[" * (2**25 + 1)})
-    with refused("longer than 33,554,432 bytes"), open_archive(path) as archive:
+    path = write_keras(tmp_path / "a.keras", **{"config.json": b"[" * (2**24 + 1)})
+    with refused("longer than 16,777,216 bytes"), open_archive(path) as archive:
         read_json(archive, "config.json", path)
 
 

@@ -77,6 +77,11 @@ def test_another_ending_is_refused(name):
         find_kind(name)
 
 
+def test_a_file_named_h5_is_refused_with_the_way_out():
+    with pytest.raises(InputError, match=r"load_model and save the model as .keras"):
+        find_kind("a.h5")
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_missing_file_and_a_folder_are_refused(tmp_path, ending):
     assert "No such file or directory. Check the path" in refused(tmp_path / f"a{ending}")
@@ -160,3 +165,31 @@ def test_a_variable_in_two_shards_is_refused(tmp_path):
     with h5py.File(tmp_path / shards[1], "a") as file:
         file["layers/dense/vars/0"] = np.zeros(3)
     assert "is in two of its shards" in refused(path)
+
+
+def write_weights_of_keras_2(path, layer_names):
+    """Writes weights alone in the layout of Keras 2, which splits a long list of names."""
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"backend": "tensorflow", "keras_version": "2.13.1"})
+        if layer_names == "layer_names":
+            del file.attrs["keras_version"]
+        file.attrs[layer_names] = [b"dense", b"relu"]
+        file["dense/dense/kernel:0"] = np.zeros((2, 3))
+        file["dense"].attrs["weight_names"] = [b"dense/kernel:0"]
+        file.create_group("relu").attrs["weight_names"] = np.array([])
+
+
+@pytest.mark.parametrize("layer_names", ["layer_names", "layer_names0"])
+def test_weights_in_the_layout_of_keras_2_are_refused_with_the_way_out(tmp_path, layer_names):
+    path = tmp_path / "a.weights.h5"
+    write_weights_of_keras_2(path, layer_names)
+    line = refused(path)
+    assert "it has the layout of Keras 2" in line
+    assert "model.load_weights if it contains weights alone, and save the model as .keras" in line
+    assert "damaged" not in line
+
+
+@pytest.mark.parametrize("name", ["run", "run.h5", "a.weights.h5", "a.keras", "a.npz"])
+def test_a_folder_is_called_a_folder_whatever_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert "it is a folder. Name a file in it." in refused(tmp_path / name)

@@ -31,7 +31,7 @@ def make_function(module, name):
         make_function("keras.ops", "cos"),
     ],
 )
-def test_what_keras_brings_along_is_accepted(config):
+def test_objects_of_keras_are_accepted(config):
     check(config)
 
 
@@ -62,7 +62,7 @@ def test_what_keras_brings_along_is_accepted(config):
         (make_function(None, "tanh"), "'tanh'"),
     ],
 )
-def test_what_would_run_code_of_others_is_refused(config, needed):
+def test_a_config_that_would_run_other_code_is_refused(config, needed):
     for hidden in (config, {"config": {"activation": config}}, {"build_config": [[config]]}):
         with pytest.raises(InputError, match=needed) as caught:
             check(hidden)

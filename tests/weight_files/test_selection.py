@@ -32,7 +32,7 @@ def test_the_output_of_an_earlier_run_and_hidden_files_are_not_listed(folder):
     assert len(list_folder(folder, folder / "zzz.keras")) == 4
 
 
-def test_shards_are_no_files_of_their_own(tmp_path):
+def test_shards_are_not_listed(tmp_path):
     for n in (1, 2):
         (tmp_path / f"epoch-{n}.weights.json").touch()
         (tmp_path / f"epoch-{n}_00000.weights.h5").touch()
@@ -43,7 +43,7 @@ def test_shards_are_no_files_of_their_own(tmp_path):
     assert len(list_folder(tmp_path, "out.weights.h5")) == 2
 
 
-def test_a_folder_of_several_kinds_or_none_is_refused(folder, tmp_path):
+def test_a_folder_with_several_kinds_of_files_or_no_files_is_refused(folder, tmp_path):
     (folder / "epoch-1.weights.h5").touch()
     with pytest.raises(InputError, match=r"files in .weights.h5 and .keras. Name the files"):
         list_folder(folder, "out.keras")
@@ -55,7 +55,7 @@ def test_a_folder_of_several_kinds_or_none_is_refused(folder, tmp_path):
 
 
 @given(st.lists(st.text("a1²0-.٣", max_size=6), max_size=8))
-def test_any_names_can_be_ordered_and_the_order_does_not_depend_on_theirs(texts):
+def test_any_names_can_be_ordered_whatever_order_they_come_in(texts):
     assert in_order(texts) == in_order(texts[::-1])
     assert sorted(texts) == sorted(in_order(texts))
 
@@ -68,7 +68,7 @@ def test_numbers_in_names_are_ordered_by_value(numbers):
 
 
 @pytest.mark.parametrize(("count", "problem"), [(1, "at least 2"), (5, "but there are 4")])
-def test_a_number_of_files_that_cannot_be_chosen_is_refused(folder, count, problem):
+def test_an_invalid_number_of_files_is_refused(folder, count, problem):
     with pytest.raises(InputError, match=problem):
         choose_last(list_folder(folder, "out.keras"), count)
 
@@ -78,7 +78,7 @@ def best(folder, numbers, count=2, column="val_loss", mode="min", pattern="epoch
     return names(choose_best(paths, count, folder / "history.csv", column, mode))
 
 
-def test_the_best_epochs_are_chosen_in_their_order_and_of_equal_ones_the_earlier(folder):
+def test_the_best_epochs_are_chosen_in_order_and_the_earlier_of_equal_ones(folder):
     assert best(folder, range(1, 6)) == ["epoch-02.keras", "epoch-04.keras"]
     assert best(folder, [5, 4, 2, 1]) == ["epoch-02.keras", "epoch-04.keras"]
     assert best(folder, [5, 2, 1], 3) == [f"epoch-{n:02}.keras" for n in (1, 2, 5)]
@@ -104,7 +104,7 @@ def test_the_epoch_is_found_in_the_name(folder, pattern):
     ("pattern", "found"),
     [("best.keras", "no number"), ("v2-{}.keras", "numbers 2, 1"), ("0.5.keras", "no number")],
 )
-def test_a_name_without_a_clear_epoch_is_refused(folder, pattern, found):
+def test_a_name_with_an_ambiguous_epoch_is_refused(folder, pattern, found):
     with pytest.raises(InputError, match=found):
         best(folder, [1, 2], pattern=pattern)
 
@@ -142,7 +142,7 @@ def test_epochs_without_a_score_cannot_be_chosen(folder):
         ("epoch,val_loss\n0," + "9" * 10**6 + "\n", "cannot be read"),
     ],
 )
-def test_a_history_that_is_none_is_refused(folder, content, problem):
+def test_an_invalid_history_is_refused(folder, content, problem):
     (folder / "history.csv").write_bytes(content.encode(errors="surrogatepass"))
     with pytest.raises(InputError, match=problem) as caught:
         best(folder, [1, 2])

@@ -103,6 +103,10 @@ def _copy_dict(value, copier):
     return new
 
 
+def _copy_tuple(value, copier):
+    return copier.add(value, _TupleWrapper(copier(value.__wrapped__)))
+
+
 _RULES = {
     tf.Variable: _copy_variable,
     tf.name_scope: lambda value, copier: copier.add(value, tf.name_scope(value.name)),
@@ -111,7 +115,7 @@ _RULES = {
     tf.types.experimental.PolymorphicFunction: _copy_function,
     ListWrapper: _copy_list,
     _DictWrapper: _copy_dict,
-    _TupleWrapper: lambda value, copier: copier.add(value, _TupleWrapper(copier(tuple(value)))),
+    _TupleWrapper: _copy_tuple,
 }
 
 

@@ -6,9 +6,10 @@ import random
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 from tensorflow.python.eager import context
 from tensorflow.python.ops import stateful_random_ops
+
+_OF_KERAS = "global_seed_generator"
 
 
 @contextlib.contextmanager
@@ -19,7 +20,8 @@ def unchanged_generators():
     what a user draws or creates next is what it would have been.
     """
     python, numpy = random.getstate(), np.random.get_state()
-    tensorflow, variables = context.context()._rng, _generators()
+    # TensorFlow creates it with the first seed that is set.
+    tensorflow, variables = getattr(context.context(), "_rng", None), _generators()
     operations = tensorflow and tensorflow.getstate()
     values = [variable.numpy() for variable in variables.values()]
     try:
@@ -33,7 +35,7 @@ def unchanged_generators():
             for variable, value in zip(variables.values(), values, strict=True):
                 variable.assign(value)
         if "keras" not in variables:
-            global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+            global_state.set_global_attribute(_OF_KERAS, None)
         if "tensorflow" not in variables:
             stateful_random_ops.global_generator = None
 
@@ -41,7 +43,7 @@ def unchanged_generators():
 def _generators():
     # Both are created when they are first used.
     generators = {
-        "keras": global_state.get_global_attribute(GLOBAL_SEED_GENERATOR),
+        "keras": global_state.get_global_attribute(_OF_KERAS),
         "tensorflow": stateful_random_ops.global_generator,
     }
     return {name: generator.state for name, generator in generators.items() if generator}

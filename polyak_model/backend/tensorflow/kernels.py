@@ -9,6 +9,8 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 def updated(c, w, a):
     """Returns `a + c * (w - a)`, as a tuple of one."""
     moved = a + c * (w - a)
+    if tf.executing_eagerly() and c != 1 and tf.reduce_all(tf.math.is_finite(moved)):
+        return (moved,)  # The result is the same without the operations below.
     # Where the difference overflows, `a` and `w` have opposite signs, and this cannot overflow.
     moved = tf.where(tf.math.is_finite(moved), moved, (1 - c) * a + c * w)
     moved = tf.where(c == 1, w, moved)

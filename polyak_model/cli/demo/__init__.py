@@ -1,1 +1,1 @@
-"""`polyak-model demo`."""
+"""`polyak-model demo`: the command, its images and its experiment."""

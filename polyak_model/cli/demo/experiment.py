@@ -1,7 +1,7 @@
 """The demo: one training run on real images, scored through all three routes.
 
-Keras is imported inside the functions that need it: that takes seconds, and a
-wrong argument should be told at once.
+Keras is imported inside the functions that need it. That takes seconds, and a
+wrong argument should be reported at once.
 """
 
 import csv
@@ -14,6 +14,7 @@ DECAY = 0.99
 LEARNING_RATE = 0.02
 SEED = 0
 BATCH_SIZE = 32
+HEADER = ["route", "loss", "accuracy"]
 # The logs of `fit` carry the default route's metrics under plain names.
 PREFIXES = {"raw": "val_raw_", "average": "val_", "ensemble": "val_ensemble_"}
 COLOURS = {"raw": "#d55e00", "average": "#0072b2", "ensemble": "#009e73"}
@@ -24,8 +25,8 @@ def build_model(image_shape, classes, learning_rate=LEARNING_RATE):
 
     Args:
         image_shape: Tuple `(height, width, channels)`.
-        classes: Int, how many.
-        learning_rate: Float, the constant rate of Adam.
+        classes: Int, the number of classes.
+        learning_rate: Float, the constant learning rate of Adam.
 
     Returns:
         A compiled `keras.Sequential`.
@@ -62,15 +63,16 @@ def train(
     Args:
         x: Images, shape (n, height, width, channels).
         y: Integer labels, numbered from 0.
-        epochs: Int, how often the net sees the training images.
-        decay: Float in [0, 1), of the exponential average.
-        learning_rate: Float, constant.
-        seed: Int, of the split, the initial weights, the order and the dropout.
+        epochs: Int, the number of passes over the training images.
+        decay: Float in [0, 1), the decay of the exponential average.
+        learning_rate: Float, the constant learning rate of Adam.
+        seed: Int, the seed of the split, the initial weights, the order and the
+            dropout.
         verbose: As in `keras.Model.fit`.
 
     Returns:
-        Tuple of the trained `PolyakModel` and its history: a dict with a list
-        of numbers for each metric, an entry per epoch.
+        Tuple of the trained `PolyakModel` and its history: a dict from the name
+        of each metric to a list with one float per epoch.
     """
     import keras
 
@@ -90,61 +92,61 @@ def train(
     return model, history.history
 
 
-def format_table(history):
-    """Writes the last epoch's held-out loss and accuracy of each route as aligned text.
+def table_rows(history):
+    """Returns the held-out loss and accuracy of each route after the last epoch.
 
     Args:
         history: The second result of `train`.
+
+    Returns:
+        A list of rows of strings, in the columns `HEADER`.
 
     Example:
 
     >>> metrics = ["val_loss", "val_accuracy", "val_raw_loss", "val_raw_accuracy"]
     >>> metrics += ["val_ensemble_loss", "val_ensemble_accuracy"]
-    >>> print(format_table({name: [0.25] for name in metrics}))
-    route       loss  accuracy
-    raw       0.2500    0.2500
-    average   0.2500    0.2500
-    ensemble  0.2500    0.2500
+    >>> table_rows({name: [0.5, 0.25] for name in metrics})[0]
+    ['raw', '0.2500', '0.2500']
     """
-    rows = [f"{'route':8}{'loss':>8}{'accuracy':>10}"]
-    for route, prefix in PREFIXES.items():
-        loss, accuracy = (history[f"{prefix}{metric}"][-1] for metric in ("loss", "accuracy"))
-        rows.append(f"{route:8}{loss:8.4f}{accuracy:10.4f}")
-    return "\n".join(rows)
+    return [
+        [route, *(f"{history[prefix + metric][-1]:.4f}" for metric in HEADER[1:])]
+        for route, prefix in PREFIXES.items()
+    ]
 
 
 def write_history(path, history):
-    """Writes a table of all epochs and metrics as comma-separated values.
+    """Writes all metrics of all epochs as comma-separated values.
 
     Args:
-        path: Where to.
+        path: Path of the file to write.
         history: The second result of `train`.
     """
-    metrics = ("loss", "accuracy")
-    validation = [f"{prefix}{name}" for prefix in PREFIXES.values() for name in metrics]
-    names = [*metrics, *validation]
+    prefixes = ("", *PREFIXES.values())
+    names = [f"{prefix}{metric}" for prefix in prefixes for metric in HEADER[1:]]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["epoch", *names])
         columns = zip(*(history[name] for name in names), strict=True)
         for epoch, row in enumerate(columns, start=1):
-            # The metrics are float32, which holds seven digits.
+            # The metrics are float32, which has seven digits.
             writer.writerow([epoch, *(f"{value:.7g}" for value in row)])
 
 
-def draw_history(path, history):
-    """Draws the held-out loss and accuracy of each route over the epochs.
+def draw_history(path, history, setting):
+    """Plots the held-out loss and accuracy of each route over the epochs.
 
     Args:
-        path: Where to, a .png file.
+        path: Path of the .png file to write.
         history: The second result of `train`.
+        setting: A string, the title: the rule and the seed.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(setting)
     panels = figure.subplots(1, 2)
-    for panel, metric in zip(panels, ("loss", "accuracy"), strict=True):
+    for panel, metric in zip(panels, HEADER[1:], strict=True):
         for route, prefix in PREFIXES.items():
             values = history[f"{prefix}{metric}"]
             epochs = range(1, len(values) + 1)
@@ -158,20 +160,21 @@ def draw_history(path, history):
     figure.savefig(path, dpi=150)
 
 
-def save_results(folder, model, history):
-    """Writes the average model, the history and its picture into an existing folder.
+def save_results(folder, model, history, setting):
+    """Saves the average model, the history and its plot in an existing folder.
 
     Args:
-        folder: A path.
+        folder: Its path.
         model: The first result of `train`.
-        history: The second.
+        history: The second result of `train`.
+        setting: A string, the title of the plot.
 
     Returns:
-        List of the paths written.
+        List of the paths of the files written.
     """
     names = ("average.keras", "history.csv", "history.png")
     written = [pathlib.Path(folder) / name for name in names]
     model.average_model.save(written[0])
     write_history(written[1], history)
-    draw_history(written[2], history)
+    draw_history(written[2], history, setting)
     return written

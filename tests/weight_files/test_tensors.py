@@ -11,7 +11,7 @@ from polyak_model.weight_files.tensor import cut
 
 
 @given(st.lists(st.integers(0, 7), max_size=4).map(tuple), st.integers(1, 60))
-def test_the_parts_make_up_the_tensor_in_row_major_order(shape, size):
+def test_the_parts_concatenate_to_the_tensor_in_row_major_order(shape, size):
     whole = np.arange(math.prod(shape)).reshape(shape)
     parts = list(cut(shape, size))
     assert all(math.prod(part.shape) <= size for part in parts)
@@ -23,7 +23,7 @@ def test_the_parts_make_up_the_tensor_in_row_major_order(shape, size):
         assert (whole[part.index].reshape(-1)[:1] == part.start).all()
 
 
-def test_a_tensor_of_a_vast_empty_shape_is_one_part():
+def test_a_huge_empty_tensor_is_one_part():
     assert [part.shape for part in cut((2**60, 0), 4)] == [(2**60, 0)]
 
 
@@ -43,7 +43,7 @@ def test_parts_read_as_slices_of_the_whole(tmp_path, dtype, options, size):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,)])
-def test_tensors_of_one_or_no_number_are_read(tmp_path, shape):
+def test_scalars_and_empty_tensors_are_read(tmp_path, shape):
     array = np.ones(shape, "float32")
     with open_weights(write_hdf5(tmp_path / "a.weights.h5", {"vars/0": array})) as file:
         np.testing.assert_array_equal(file.variables["vars/0"].read(), array, strict=True)

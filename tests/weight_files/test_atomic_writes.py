@@ -1,11 +1,18 @@
 import os
 import signal
+import stat
 import subprocess
 import sys
 
+import h5py
 import pytest
 
-from polyak_model.weight_files.atomic_write import atomic_file, atomic_folder
+from polyak_model.errors import InputError
+from polyak_model.weight_files.atomic_write import PREFIX, atomic_file, atomic_folder
+from polyak_model.weight_files.output import writing
+from polyak_model.weight_files.writer import created_weights
+
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such permissions")
 
 
 @pytest.fixture
@@ -15,7 +22,7 @@ def path(tmp_path):
     return path
 
 
-def test_what_is_written_replaces_the_file_and_leaves_nothing_beside_it(path):
+def test_a_written_file_replaces_the_old_one_and_leaves_nothing_else(path):
     with atomic_file(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
@@ -30,30 +37,30 @@ def fail(path, failure):
 
 
 @pytest.mark.parametrize("failure", [ValueError("own"), KeyboardInterrupt()])
-def test_when_writing_fails_the_old_file_stays_and_the_failure_is_told(path, failure):
+def test_when_writing_fails_the_old_file_stays_and_the_failure_is_raised(path, failure):
     with pytest.raises(type(failure)):
         fail(path, failure)
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_failure_of_the_system_names_the_file_and_what_became_of_it(path):
+def test_a_failure_of_the_system_names_the_file_and_says_that_it_is_unchanged(path):
     with pytest.raises(
         OSError, match="Cannot write '.*model.txt': No space left on device"
-    ) as told:
+    ) as caught:
         fail(path, OSError(28, "a page of HDF5"))
-    assert "What was there before is unchanged" in str(told.value)
-    assert told.value.errno == 28
+    assert "What was there before is unchanged" in str(caught.value)
+    assert caught.value.errno == 28
 
 
-def test_nothing_is_begun_without_room_for_all_of_it(path):
+def test_nothing_is_written_without_space_for_all_of_it(path):
     with pytest.raises(OSError, match="Cannot write '.*model.txt'"), atomic_file(path, 2**62):
-        raise AssertionError("was begun")
+        raise AssertionError("writing has started")
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_in_no_folder_is_refused(tmp_path):
+def test_a_file_in_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(OSError, match="nowhere/model.txt': No such file or directory"):
         fail(tmp_path / "nowhere" / "model.txt", None)
 
@@ -96,7 +103,7 @@ def write(path, ending):
 
 @pytest.mark.processes
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal and no such locks")
-def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(path):
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_is_not(path):
     with write(path, "killed") as process:
         assert process.wait() == -signal.SIGKILL
     assert path.read_text() == "old"
@@ -115,6 +122,101 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_w
     assert not list(path.parent.glob(".polyak_model-partial-*"))
 
 
+def make_old_folder(path, *files):
+    path.mkdir()
+    for name in files:
+        (path / name).write_text("kept")
+    os.utime(path, (0, 0))
+    return path
+
+
+def test_folders_that_this_package_did_not_make_are_never_removed(path):
+    folders = [
+        make_old_folder(path.with_name(".partial-results"), "model.keras"),
+        make_old_folder(path.with_name(f"{PREFIX}empty")),
+        make_old_folder(path.with_name(f"{PREFIX}notes"), "notes.txt"),
+    ]
+    elsewhere = make_old_folder(path.with_name("elsewhere"), "made-by-polyak_model")
+    path.with_name(f"{PREFIX}link").symlink_to(elsewhere)
+    write_beside(path)
+    assert all(folder.is_dir() for folder in folders)
+    assert (folders[0] / "model.keras").read_text() == "kept"
+    assert (elsewhere / "made-by-polyak_model").exists()
+
+
+def permissions(path):
+    status = path.stat()
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o755, 0o444])
+def test_a_replaced_file_hands_on_its_mode(path, mode):
+    path.chmod(mode)
+    before = permissions(path)
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+    assert permissions(path) == before
+    assert path.read_text() == "new"
+
+
+@posix
+def test_a_new_file_has_the_mode_that_the_system_gives(path):
+    expected = path.with_name("expected.txt")
+    expected.write_text("")
+    write_beside(path)
+    assert permissions(path.with_name("beside.txt")) == permissions(expected)
+
+
+@posix
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root gives files away")
+def test_a_replaced_file_hands_on_its_owner(path):
+    os.chown(path, 1234, 4321)
+    path.chmod(0o640)
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+    assert permissions(path) == (0o640, 1234, 4321)
+
+
+@posix
+def test_a_file_of_another_owner_is_replaced_where_the_owner_cannot_be_set(path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    path.chmod(0o640)
+    with atomic_file(path) as partial:
+        partial.write_text("new")
+    assert (path.read_text(), permissions(path)[0]) == ("new", 0o640)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "a page of HDF5"),
+        OSError("Can't write data (errno = 28, error message = 'No space left on device')"),
+        RuntimeError("unable to flush: file write failed: errno = 28, error message = '...'"),
+    ],
+)
+def test_a_full_disk_is_called_a_full_disk_whatever_hdf5_raises(path, error):
+    class FullDisk:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h5py, "File", lambda *_: FullDisk())
+        with (
+            pytest.raises(InputError, match="model.txt': No space left on device. What was there"),
+            writing(path) as partial,
+            created_weights(partial, like=None),
+        ):
+            pass
+    assert path.read_text() == "old"
+
+
 # Folders
 
 PARTS = ("graph.pb", "weights")
@@ -131,7 +233,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("former", [(), ("graph.pb",), None], ids=["empty", "old", "missing"])
-def test_a_whole_folder_replaces_what_was_there(tmp_path, former):
+def test_a_written_folder_replaces_the_old_one(tmp_path, former):
     place = tmp_path / "served"
     if former is not None:
         place.mkdir()
@@ -143,6 +245,14 @@ def test_a_whole_folder_replaces_what_was_there(tmp_path, former):
     assert names(tmp_path) == ["served"]
 
 
+@posix
+def test_a_replaced_folder_hands_on_its_mode(tmp_path):
+    write_folder(tmp_path / "served", "old")
+    (tmp_path / "served").chmod(0o750)
+    write_folder(tmp_path / "served")
+    assert permissions(tmp_path / "served")[0] == 0o750
+
+
 def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
     write_folder(tmp_path / "v1", "old")
     (tmp_path / "latest").symlink_to("v1")
@@ -152,7 +262,7 @@ def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_folder_that_cannot_be_exchanged_stays(tmp_path, monkeypatch, failing):
+def test_a_folder_stays_if_the_exchange_fails(tmp_path, monkeypatch, failing):
     place, rename, calls = tmp_path / "served", os.rename, []
     write_folder(place, "old")
 
@@ -170,7 +280,7 @@ def test_a_folder_that_cannot_be_exchanged_stays(tmp_path, monkeypatch, failing)
     assert names(tmp_path) == ["served"]
 
 
-def test_a_file_or_a_folder_of_something_else_is_not_replaced(tmp_path):
+def test_a_file_and_a_folder_with_other_contents_are_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("kept")
     with pytest.raises(NotADirectoryError, match="it is a file.*Choose another name"):
         write_folder(tmp_path / "notes.txt")
@@ -180,15 +290,16 @@ def test_a_file_or_a_folder_of_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
-def test_nothing_is_left_of_a_folder_that_nobody_wrote(tmp_path):
+def test_nothing_is_left_if_no_folder_was_written(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "served", PARTS):
         pass
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_a_killed_process_put_aside_is_never_removed(tmp_path):
-    former = tmp_path / ".polyak_model-partial-killed" / "former-served"
+def test_the_old_folder_that_a_killed_process_moved_away_is_never_removed(tmp_path):
+    former = tmp_path / f"{PREFIX}killed" / "former-served"
     former.mkdir(parents=True)
+    (former.parent / "made-by-polyak_model").touch()
     os.utime(former.parent, (0, 0))
     write_folder(tmp_path / "served")
     assert former.exists()

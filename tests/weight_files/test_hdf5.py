@@ -134,7 +134,7 @@ def unprintable_name(file):
         (compressed_bomb, "unpack to more than 100 times the size of the file"),
         (huge_chunk, "does not fit into the file"),
         (half_written, "does not fit into the file"),
-        (other_filter, "does not fit into the file"),
+        (other_filter, "has an unusual compression"),
         (text, "which no weights have"),
         (compound, "which no weights have"),
         (complex_numbers, "'vars/1' has dtype complex64, which no weights have"),

@@ -1,0 +1,147 @@
+"""Parts of Keras and TensorFlow that are not public, which only `polyak_model.backend` may use."""
+
+import ast
+import importlib
+import pathlib
+import types
+
+import keras
+import pytest
+
+import polyak_model
+
+PACKAGE = pathlib.Path(polyak_model.__file__).parent
+MODULES = [
+    "keras.src.backend.common.stateless_scope.in_stateless_scope",
+    "keras.src.export",
+    "keras.src.models.Functional",
+    "tensorflow.python.framework.auto_control_deps.register_acd_resource_resolver",
+    "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext",
+    "tensorflow.python.saved_model",
+]
+LAYER = (
+    "_call_has_training_arg",
+    "_clear_losses",
+    "_flatten_layers",
+    "_get_regularization_losses",
+    "_non_trainable_variables",
+    "_seed_generators",
+)
+MODEL = (
+    "_assert_compile_called",
+    "_compile_config",
+    "_compile_loss",
+    "_compile_metrics",
+    "_distribute_strategy",
+    "_eval_epoch_iterator",
+    "_loss_tracker",
+    "_symbolic_build",
+)
+ATTRIBUTES = [
+    *(("layer", name) for name in LAYER),
+    *(("model", name) for name in MODEL),
+    ("metric", "_direction"),
+    ("optimizer", "_distribution_strategy"),
+    ("backup", "_current_epoch"),
+    ("backup", "_last_batch_seen"),
+]
+
+
+@pytest.fixture(scope="module")
+def owners(tmp_path_factory):
+    """Objects that have the attributes, by the names of their owners."""
+    layer = keras.layers.Dense(1)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    metric = keras.metrics.BinaryAccuracy()
+    model.compile("sgd", "mse", metrics=[metric])
+    x, y = keras.ops.ones((2, 2)), keras.ops.ones((2, 1))
+    backup = keras.callbacks.BackupAndRestore(tmp_path_factory.mktemp("backup"))
+    # Keras deletes some attributes at the end of `fit`.
+    during = types.SimpleNamespace()
+    watch = keras.callbacks.LambdaCallback(
+        on_test_begin=lambda logs: vars(during).update(vars(model))
+    )
+    model.fit(x, y, validation_data=(x, y), callbacks=[backup, watch], verbose=0)
+    return {
+        "layer": [layer],
+        "model": [model, during],
+        "metric": [metric],
+        "optimizer": [model.optimizer],
+        "backup": [backup],
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_installed_version_has_each_private_name(name):
+    module, _, attribute = name.rpartition(".")
+    try:
+        missing = not hasattr(importlib.import_module(module), attribute)
+        if missing:
+            importlib.import_module(name)
+    except ImportError:
+        pytest.fail(f"{name} is missing in the installed version.")
+
+
+@pytest.mark.parametrize(("owner", "name"), ATTRIBUTES)
+def test_the_installed_version_has_each_private_attribute(owners, owner, name):
+    assert any(hasattr(each, name) for each in owners[owner]), (
+        f"The {owner} has no attribute {name} in the installed version."
+    )
+
+
+def private_uses(source):
+    """Yields the private names of Keras and TensorFlow in the source of a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr, ast.unparse(node)]
+        elif isinstance(node, ast.FunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value] if node.value.startswith("_") else []
+        else:
+            continue
+        attributes = {name for _, name in ATTRIBUTES}
+        private = ("keras.src", "tensorflow.python", "tf.python")
+        yield from (name for name in names if name in attributes or name.startswith(private))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from keras.src.models import Functional",
+        "import tensorflow.python.eager",
+        "layers = model._flatten_layers()",
+        "getattr(model, '_compile_config')",
+        "def _symbolic_build(self): pass",
+    ],
+)
+def test_private_uses_are_found(code):
+    assert [*private_uses(code)]
+
+
+def test_only_the_backend_uses_private_parts():
+    outside = [
+        path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "backend"
+    ]
+    found = {
+        str(path.relative_to(PACKAGE)): uses
+        for path in outside
+        if (uses := [*private_uses(path.read_text(encoding="utf-8"))])
+    }
+    assert outside
+    assert found == {}
+
+
+def test_the_lists_are_complete():
+    used = {
+        name
+        for path in (PACKAGE / "backend").rglob("*.py")
+        for name in private_uses(path.read_text(encoding="utf-8"))
+    }
+    listed = {name for _, name in ATTRIBUTES} | {*MODULES}
+    assert {name for name in used if name.startswith("_")} == {name for _, name in ATTRIBUTES}
+    assert {name for name in used if not name.startswith("_")} <= listed
