@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("no-deadline")
 
 TESTS = pathlib.Path(__file__).parent
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
-MODES["graph, shipped thresholds"] = {}
+MODES["graph with shipped thresholds"] = {}
 
 COSTS = {"processes", "memory", "zoo", "benchmarks", "slow"}
 # CPU seconds, those of child processes included, above which a test needs such a marker. Unlike the
@@ -63,7 +63,7 @@ def is_quick(item):
         and parameters.get("rule", QUICK_RULES[0]) not in QUICK_RULES
     ):
         return False
-    return parameters.get("mode", "graph") == "graph"
+    return parameters.get("mode", "graph") not in ("eager", "xla")
 
 
 def is_costly(item):
@@ -99,7 +99,7 @@ def fresh_keras():
 
 @pytest.fixture(params=["eager", "graph", "xla"])
 def mode(request, monkeypatch):
-    """Arguments of `compile` for eager, graph and XLA execution."""
+    """Arguments of `compile` for eager, graph and XLA execution, or for those a test names."""
     if request.param == "graph":
         from polyak_model.backend.tensorflow import update
 
