@@ -24,8 +24,13 @@ COSTS = {"processes", "memory", "zoo", "benchmarks", "slow"}
 # CPU seconds, those of child processes included, above which a test needs such a marker. Unlike the
 # time on the clock, they hardly depend on what else the machine does.
 LIMIT = 10
-# Folders without quick tests, which `-m quick` does not import.
-NEVER_QUICK = {"backend", "benchmarks", "science", "training"}
+# Folders and modules without quick tests, which `-m quick` does not import.
+NEVER_QUICK = {
+    *("backend", "benchmarks", "science", "training"),
+    *("test_app.py", "test_backup_and_restore.py", "test_batch_norm.py", "test_callbacks.py"),
+    *("test_demo.py", "test_export.py", "test_joint_model.py", "test_model.py"),
+    *("test_notebooks.py", "test_routed_model.py"),
+}
 QUICK_RULES = [closed_forms.RULES[name] for name in ("debiased", "biased", "late-and-rare")]
 
 # Helpers have no doctests.
@@ -33,9 +38,8 @@ collect_ignore = ["helpers"]
 
 
 def pytest_ignore_collect(collection_path, config):
-    if config.option.markexpr == "quick" and collection_path.parent == TESTS:
-        return collection_path.name in NEVER_QUICK or None
-    return None
+    # None leaves the decision to pytest.
+    return (config.option.markexpr == "quick" and collection_path.name in NEVER_QUICK) or None
 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.

@@ -66,48 +66,43 @@ def test_the_benchmark_of_inference_asks_who_it_says_and_switching_routes_traces
             assert one_pass == pytest.approx(value, rel=1e-6)
 
 
-def test_the_benchmark_of_inference_times_all_calls_in_a_shuffled_order(
-    inference, monkeypatch, tmp_path, capsys
-):
+def test_all_calls_alternate_in_an_order_shuffled_in_every_round(inference):
     log = []
-
-    def call(name):
-        return lambda: log.append(name)
-
+    names = ["bare", "average", "raw after raw", "raw after average"]
+    calls = {name: lambda name=name: log.append(name) for name in [*names, "before"]}
     groups = {
-        **{
-            group: {name: (None, call(name)) for name in ("bare", "average")}
-            for group in ("predict", "evaluate")
-        },
-        "switch to raw": {
-            "raw after raw": (call("before"), call("raw after raw")),
-            "raw after average": (call("before"), call("raw after average")),
-        },
+        "predict": {name: (None, calls[name]) for name in names[:2]},
+        "switch to raw": {name: (calls["before"], calls[name]) for name in names[2:]},
     }
-    monkeypatch.setattr(inference, "prepare", lambda *_: groups)
-    monkeypatch.setattr(inference, "timed", lambda call: (call(), 1e-3)[1])
-    written, plot = tmp_path / "times.json", tmp_path / "inference.png"
-    chosen = ["--models", "tiny", "--rounds", "20", "--json", str(written), "--plot", str(plot)]
-    times = inference.main(chosen)
-    names = ["bare", "average", "bare", "average", "raw after raw", "raw after average"]
-    assert log[:6] == names
-    ahead = [log[i - 1] for i, name in enumerate(log) if i >= 6 and name in names[4:]]
+    times = inference.measure(groups, rounds=20, seed=0)
+    assert log[:4] == names
+    ahead = [log[i - 1] for i, name in enumerate(log) if i >= 4 and name in names[2:]]
     assert ahead == ["before"] * 40
-    turns = [name for name in log[6:] if name != "before"]
-    rounds = [turns[i : i + 6] for i in range(0, 120, 6)]
+    turns = [name for name in log[4:] if name != "before"]
+    rounds = [turns[i : i + 4] for i in range(0, 80, 4)]
     assert all(sorted(each) == sorted(names) for each in rounds)
     assert len(set(map(tuple, rounds))) > 10
-    for calls in times["tiny"].values():
-        assert all(own["clock"] == [1e-3] * 20 for own in calls.values())
-        assert all(len(own["processor"]) == 20 for own in calls.values())
-    assert json.loads(written.read_text()) == times
-    assert plot.stat().st_size > 0
-    printed = capsys.readouterr().out
-    assert printed.count("1.000 ± 0.000") == 3
+    assert all(
+        len(each) == 20 for own in times.values() for c in own.values() for each in c.values()
+    )
     first = log.copy()
     log.clear()
     inference.measure(groups, rounds=20, seed=0)
     assert log == first
+
+
+def test_the_script_prints_writes_and_plots_the_times_of_a_tiny_model(inference, tmp_path, capsys):
+    written, plot = tmp_path / "times.json", tmp_path / "inference.png"
+    sizes = ["--models", "tiny", "--rounds", "3", "--batches", "1", "--batch-size", "4"]
+    times = inference.main([*sizes, "--json", str(written), "--plot", str(plot)])
+    assert json.loads(written.read_text()) == times
+    assert plot.stat().st_size > 0
+    printed = capsys.readouterr().out
+    for calls in times["tiny"].values():
+        for name, own in calls.items():
+            assert name in printed
+            assert len(own["clock"]) == len(own["processor"]) == 3
+            assert min(own["clock"]) > 0
 
 
 def test_a_ratio_is_the_median_of_paired_ratios(inference):

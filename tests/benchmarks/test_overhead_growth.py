@@ -57,39 +57,18 @@ def test_gradients_of_tables_are_dense_and_move_their_first_rows(overhead_growth
         assert moved.tolist() == [True] + [False] * 49
 
 
-def test_growth_is_measured_both_ways(overhead_growth, monkeypatch, tmp_path, capsys):
+def test_growth_is_measured_and_plotted_both_ways(overhead_growth, tmp_path, capsys):
     import overhead
-    import training_steps
 
-    shapes, seconds = [], {}
-
-    def prepare(name, make, *_):
-        size = make.args
-        shapes.append(size)
-        # The bare step takes 1 ms, averaging as much for each thousand weights.
-        milliseconds = 1 if name == "bare" else 1 + size[0] * size[1] * 32 / 1e3
-        step = lambda: None  # noqa: E731
-        seconds[step] = 2e-3 * milliseconds
-        return step
-
-    def prepare_floor(parameters):
-        step = lambda: None  # noqa: E731
-        seconds[step] = 1e-6 * parameters
-        return step
-
-    monkeypatch.setattr(overhead_growth, "prepare", prepare)
-    monkeypatch.setattr(overhead_growth, "prepare_floor", prepare_floor)
-    monkeypatch.setattr(training_steps, "timed", seconds.__getitem__)
     sizes = ["--parameters", "1024", "2048", "4096", "--variables", "1", "2", "4"]
-    more = ["--rounds", "2", "--steps-per-execution", "2", "--plot", str(tmp_path / "growth.png")]
-    results = overhead.main(["--growth", *sizes, *more])
+    plot = tmp_path / "growth.png"
+    results = overhead.main(["--growth", *sizes, "--rounds", "2", "--plot", str(plot)])
     assert {way: list(own) for way, own in results.items()} == {
         "parameters": [1024, 2048, 4096],
         "variables": [1, 2, 4],
     }
-    assert shapes[::2] == [(8, 4), (8, 8), (8, 16), (1, 32), (2, 32), (4, 32)]
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["parameters", "2,048", "1.000", "2.048", "2.048", "±", "0.000", "1.00"] in printed
-    assert ["variables", "4", "1.000", "4.096", "4.096", "±", "0.000", "1.00"] in printed
-    assert printed[-2:] == [[way, *["1.000", "±", "0.000"] * 2] for way in results]
-    assert (tmp_path / "growth.png").stat().st_size > 0
+    rows = [line[:2] for line in printed if line[:1] in (["parameters"], ["variables"])]
+    assert rows[:6] == [[way, f"{size:,}"] for way, own in results.items() for size in own]
+    assert [line[0] for line in printed[-2:]] == list(results)
+    assert plot.stat().st_size > 0

@@ -1,4 +1,3 @@
-import json
 import pathlib
 
 import numpy as np
@@ -51,31 +50,17 @@ def test_tensors_are_counted_where_tensorflow_counts_them(overhead_memory):
     assert after["tensors at rest"] == before["tensors at rest"]
 
 
-def test_memory_is_told_beyond_the_bare_model_in_multiples_of_the_parameters(
-    overhead_memory, monkeypatch, tmp_path, capsys
-):
+def test_memory_is_measured_in_a_process_for_each_variant(overhead_memory, tmp_path, capsys):
     import overhead
 
-    class Process:
-        """The memory that a process of each variant would have."""
-
-        def __init__(self, command, **_):
-            model, variant, jit, steps_per_execution = json.loads(command[2])
-            assert (model, jit, steps_per_execution) == ("tiny", True, 4)
-            own = {"bare": [50, 51, 54], "PolyakModel": [150, 152, 154]}[variant]
-            columns = {"resident at rest": own, "resident at peak": [n + 30 for n in own]}
-            self.stdout = f"a warning\n{json.dumps({**columns, 'parameters': 100})}\n"
-
-    monkeypatch.setattr(overhead_memory.subprocess, "run", Process)
+    plot = tmp_path / "memory.png"
     chosen = ["--memory", "--models", "tiny", "--variants", "PolyakModel"]
-    more = ["--jit", "--steps-per-execution", "4", "--plot", str(tmp_path / "memory.png")]
-    results = overhead.main([*chosen, *more])
+    results = overhead.main([*chosen, "--plot", str(plot)])
     assert list(results["tiny"]) == ["bare", "PolyakModel"]
     bare, wrapped = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
-    assert bare == ["tiny", "bare", "-", "-", "(0.51)", "(0.81)"]
-    # The median is 152 - 51; two single steps may differ by 96 to 104.
-    assert wrapped == ["tiny", "PolyakModel", "-", "-", *["1.01", "±", "0.04"] * 2]
-    assert (tmp_path / "memory.png").stat().st_size > 0
+    assert bare[:2] == ["tiny", "bare"]
+    assert wrapped[:2] == ["tiny", "PolyakModel"]
+    assert plot.stat().st_size > 0
 
 
 def test_a_process_measures_every_step(overhead_memory):

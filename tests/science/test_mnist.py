@@ -140,41 +140,37 @@ def test_constant_or_cosine_scores_each_method_when_a_budget_is_spent():
 
 
 def test_constant_or_cosine_shows_held_out_scores_at_the_rate_that_validation_chose(
-    monkeypatch, capsys, tmp_path
+    capsys, tmp_path
 ):
     import constant_or_cosine as script
 
-    generator = np.random.default_rng(0)
-    scores = generator.uniform(size=(3, 2, 4, 2, 2, 2))
-    runs = iter(scores.reshape(6, 4, 2, 2, 2))
-    monkeypatch.setattr(script, "measure", lambda *arguments: next(runs))
     plot, numbers = tmp_path / "plot.png", tmp_path / "numbers.json"
-    rates = ["0.1", "0.2", "0.4"]
-    sizes = ["--seeds", "2", "--rates", *rates, "--budgets", "1", "2"]
+    rates = ["0.1", "0.4"]
+    sizes = ["--seeds", "2", "--rates", *rates, "--budgets", "1", "--images", "100"]
     script.main([*sizes, "--plot", str(plot), "--json", str(numbers)])
-    assert json.loads(numbers.read_text())["scores"] == scores.tolist()
+    scores = np.array(json.loads(numbers.read_text())["scores"])
+    assert scores.shape == (2, 2, 4, 1, 2, 2)
     assert imread(plot).std() > 0
 
     tables = capsys.readouterr().out.split("\n\n")
     _, *rows = shown(tables[2])
-    assert len(rows) == 3 * 4 * 2
-    for b, r, m in np.ndindex(2, 3, 4):
-        row = rows[12 * b + 4 * r + m]
-        assert row[:3] == [str(b + 1), rates[r], list(script.METHODS)[m]]
-        method, cosine = scores[r, :, m, b, 1], scores[r, :, 3, b, 1]
+    assert len(rows) == 2 * 4
+    for r, m in np.ndindex(2, 4):
+        row = rows[4 * r + m]
+        assert row[:3] == ["1", rates[r], list(script.METHODS)[m]]
+        method, cosine = scores[r, :, m, 0, 1], scores[r, :, 3, 0, 1]
         cells = zip(measured(method), measured(method - cosine, "+"), strict=True)
         # The cosine is not compared with itself.
         expected = [cell for pair in cells for cell in (pair if m < 3 else pair[:1])]
         assert row[3:] == expected
 
     _, *rows = shown(tables[4])
-    for b, m in np.ndindex(2, 4):
-        validation, held_out = np.moveaxis(scores[:, :, :, b], 3, 0)
+    validation, held_out = np.moveaxis(scores[:, :, :, 0], 3, 0)
+    for m, row in enumerate(rows):
         best = validation.mean(axis=1)[:, m]
         by_accuracy, by_likelihood = best[:, 0].argmax(), best[:, 1].argmin()
-        row = rows[4 * b + m]
         assert row[:4] == [
-            str(b + 1),
+            "1",
             list(script.METHODS)[m],
             rates[by_accuracy],
             measured(held_out[by_accuracy, :, m])[0],
