@@ -72,7 +72,7 @@ def _describe_variables(weights, wrappers):
 
 
 def _name_of(variable, names):
-    return str(names.get(variable.name.rpartition("/")[0], ""))
+    return printable(str(names.get(variable.name.rpartition("/")[0], "")))
 
 
 def _count(variables):
