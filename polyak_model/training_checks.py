@@ -5,6 +5,7 @@ What a backend cannot train where it is placed is checked by `polyak_model.backe
 
 import keras
 
+from polyak_model.average.shadow import is_average_model
 from polyak_model.backend.common import optimizers_of
 from polyak_model.inference.routed_model import RoutedModel
 
@@ -28,6 +29,12 @@ def check_model(model):
             "`model` is a PolyakModel already, and an average of an average is rarely intended. "
             f"Received: model=<PolyakModel '{model.name}'>. Wrap model.raw_model instead, or "
             "change its rule."
+        )
+    if is_average_model(model):
+        raise TypeError(
+            "`model` is the average model of a PolyakModel, which no optimizer trains. Received: "
+            f"model=<{type(model).__name__} '{model.name}'>. To go on from the average, call "
+            "apply_average() and wrap model.raw_model."
         )
     if model.compiled:
         check_optimizers(optimizers_of(model))

@@ -38,3 +38,9 @@ def test_an_optimizer_that_averages_is_refused_before_anything_changes():
 def test_a_clone_function_that_cannot_be_called_is_refused():
     with pytest.raises(ValueError, match="`clone_function` must be a function without arguments"):
         PolyakModel(make_classifier(), clone_function=make_classifier())
+
+
+def test_an_average_model_is_not_wrapped_again():
+    model = PolyakModel(make_classifier())
+    with pytest.raises(TypeError, match=r"no optimizer trains.*apply_average\(\)"):
+        PolyakModel(model.average_model)

@@ -1,7 +1,6 @@
 """One average: its model, its rule, its step, its update."""
 
-import contextlib
-import threading
+import weakref
 
 import keras
 from keras import ops
@@ -10,33 +9,16 @@ from polyak_model import backend
 from polyak_model.average import clone_check, cloning
 from polyak_model.average.pairing import pair
 from polyak_model.average.step_detector import StepDetector
+from polyak_model.average.training_threads import TrainingThreads
 from polyak_model.backend import keras_internals
 from polyak_model.saving import layout
 
+_average_models = weakref.WeakSet()
 
-class TrainingThreads:
-    """The threads that train a model at the moment."""
 
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._threads = []
-
-    @contextlib.contextmanager
-    def joined(self):
-        """While open, the current thread is one of them."""
-        with self._lock:
-            self._threads.append(threading.get_ident())
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._threads.remove(threading.get_ident())
-
-    @contextlib.contextmanager
-    def held(self):
-        """While open, none joins or leaves; yields whether another thread is one of them."""
-        with self._lock:
-            yield any(thread != threading.get_ident() for thread in self._threads)
+def is_average_model(model):
+    """Returns whether a model holds the average of another one."""
+    return model in _average_models
 
 
 class Shadow(keras.layers.Layer):
@@ -60,6 +42,7 @@ class Shadow(keras.layers.Layer):
     def __init__(self, model, rule, non_trainable, compensated, device, name="average"):
         super().__init__(name=name)
         self.model = model
+        _average_models.add(model)
         self.rule = rule
         self.non_trainable = non_trainable
         self.compensated = compensated

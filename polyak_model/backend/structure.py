@@ -38,15 +38,10 @@ _COMPILATION = {
     "_compile_config": LEFT_OUT,
     "_compile_loss": None,
     "_compile_metrics": None,
-    "_compiled_trainable_state": LEFT_OUT,
-    "_distributed_dataset": LEFT_OUT,
-    "_eval_epoch_iterator": LEFT_OUT,
-    "_jax_state": LEFT_OUT,
     "_jit_compile": None,
     "_loss_tracker": None,
     "_run_eagerly": False,
     "compiled": False,
-    "history": LEFT_OUT,
     "loss": None,
     "optimizer": LEFT_OUT,
     "predict_function": None,
@@ -54,6 +49,15 @@ _COMPILATION = {
     "test_function": None,
     "train_function": None,
 }
+
+# What `compile` and `fit` leave behind in some versions of Keras and on some backends.
+_OF_TRAINING = (
+    "_compiled_trainable_state",
+    "_distributed_dataset",
+    "_eval_epoch_iterator",
+    "_jax_state",
+    "history",
+)
 
 # Nodes of other graphs that use an operation must not be followed.
 _NODES = {"_inbound_nodes": list, "_outbound_nodes": list}
@@ -97,7 +101,7 @@ def _fill_operation(old, new, copier):
     if isinstance(old, keras.Layer):
         fixed.update(_OF_LAYERS)
     if isinstance(old, Trainer):
-        fixed.update(_COMPILATION)
+        fixed.update(_COMPILATION, **dict.fromkeys(_OF_TRAINING, LEFT_OUT))
     copier.fill(old, new, {k: v() if isinstance(v, type) else v for k, v in fixed.items()})
     copier.at_the_end(_link_nodes, old, new, copier)
 

@@ -108,8 +108,8 @@ def decode(array):
     """
     try:
         description = json.loads(np.asarray(array, "uint8").tobytes())
-        number, version = int(description["format"]), description["version"]
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        number, version = description["format"], description["version"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise _damaged(repr(error)) from error
     check_format(number, version)
     for key, kind in (("run", str), ("rule", dict), ("weights", list)):
@@ -140,15 +140,17 @@ def _damaged(problem):
 
 
 def check_format(number, version="of a later date"):
-    """Raises an error if a newer version of this package wrote the file.
+    """Checks that no newer version of this package wrote the file.
 
     Args:
         number: The format of the file, an int.
         version: The version of the package that wrote it, if known.
 
     Raises:
-        ValueError: If the format is newer than `FORMAT`.
+        ValueError: If the format is newer than `FORMAT`, or is not an int.
     """
+    if not isinstance(number, int):
+        raise _damaged(f"'format' is {number!r}")
     if number > FORMAT:
         raise ValueError(
             f"The file has format {number}, written by polyak_model {version}; expected at most "

@@ -1,1 +1,1 @@
-"""Reads and writes weight files of Keras, without Keras and as untrusted input."""
+"""Reads untrusted weight files of Keras and writes new ones, without Keras."""

@@ -12,12 +12,28 @@ import polyak_model
 
 PACKAGE = pathlib.Path(polyak_model.__file__).parent
 MODULES = [
+    "keras.src.backend.common.global_state",
     "keras.src.backend.common.stateless_scope.in_stateless_scope",
+    "keras.src.backend.compute_output_spec",
     "keras.src.export",
     "keras.src.models.Functional",
+    "keras.src.ops.function.Function",
+    "keras.src.ops.function.make_node_key",
+    "keras.src.ops.node.Node",
+    "keras.src.ops.operation.Operation",
+    "keras.src.saving.keras_saveable.KerasSaveable",
+    "keras.src.trainers.trainer.Trainer",
+    "keras.src.utils.tracking.DotNotTrackScope",
+    "keras.src.utils.tracking.Tracker",
+    "tensorflow.python.eager.context",
     "tensorflow.python.framework.auto_control_deps.register_acd_resource_resolver",
     "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext",
+    "tensorflow.python.ops.stateful_random_ops",
     "tensorflow.python.saved_model",
+    "tensorflow.python.trackable.base.Trackable",
+    "tensorflow.python.trackable.data_structures.ListWrapper",
+    "tensorflow.python.trackable.data_structures._DictWrapper",
+    "tensorflow.python.trackable.data_structures._TupleWrapper",
 ]
 LAYER = (
     "_call_has_training_arg",

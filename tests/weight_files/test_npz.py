@@ -1,4 +1,5 @@
 import pickle
+import random
 import zipfile
 
 import numpy as np
@@ -108,3 +109,23 @@ def test_a_missing_file_and_a_member_that_is_not_an_array_are_refused(tmp_path):
         archive.writestr("x", "text")
     with pytest.raises(InputError, match="cannot be read as arrays of numbers"):
         load_held_out(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_file_is_loaded_or_refused_in_one_line(tmp_path, save):
+    path = tmp_path / "data.npz"
+    save(path, x=X, y=Y)
+    intact = path.read_bytes()
+    generator = random.Random(0)
+    lines = []
+    for _ in range(500):
+        damaged = bytearray(intact)
+        for _ in range(generator.choice([1, 2, 8])):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_held_out(path)
+        except InputError as error:
+            lines.append(str(error))
+    assert 0 < len(lines) < 500
+    assert all(line.isprintable() for line in lines)
