@@ -9,7 +9,7 @@ import keras
 
 from polyak_model import backend
 from polyak_model.average.clone_check import check_disjoint
-from polyak_model.average.copier import Copier
+from polyak_model.average.copier import CannotCopyError, Copier
 from polyak_model.backend import structure
 from polyak_model.backend.keras_internals import build_on_placeholders, flatten_layers
 
@@ -188,7 +188,7 @@ def build_on(model, inputs, batch=None):
 def _copy(copier, value):
     try:
         return copier.run(value)
-    except TypeError as error:
+    except CannotCopyError as error:
         name = f"The model '{value.name}'" if isinstance(value, keras.Model) else "The value"
         raise ValueError(
             f"{name} cannot be copied. {error} Pass `clone_function`, a function without arguments "

@@ -25,6 +25,10 @@ from polyak_model.backend import structure
 from polyak_model.backend.structure import LEFT_OUT
 
 
+class CannotCopyError(TypeError):
+    """An object supports no copies; the message says which, and what holds it."""
+
+
 class Copier:
     """Copies objects that refer to each other.
 
@@ -51,7 +55,7 @@ class Copier:
             value: Anything.
 
         Raises:
-            TypeError: If a part of it cannot be copied.
+            CannotCopyError: If a part of it cannot be copied.
         """
         with backend.lift():
             copy = self.whole(value)
@@ -75,7 +79,15 @@ class Copier:
         """Returns the copy of a value, whose parts may be missing until `run` is over."""
         if id(value) in self._copies:
             return self._copies[id(value)]
-        return _copy.dispatch(type(value))(value, self)
+        place = self._place
+        try:
+            return _copy.dispatch(type(value))(value, self)
+        except CannotCopyError:
+            raise
+        except Exception as error:
+            # Classes of other libraries may raise anything where they support no copies.
+            reason = f"{place} holds {_name(value)}, which cannot be copied: {error}."
+            raise CannotCopyError(reason) from error
 
     def add(self, original, copy, fill=None, *args):
         """Remembers a copy, to be completed later by `fill(original, copy, *args)`."""
@@ -129,10 +141,6 @@ class Copier:
         """Returns the `id` of the copy of the object with the `id` `key`, or else the key."""
         return id(self._copies[key]) if key in self._copies else key
 
-    def refuse(self, value, reason):
-        """Raises `TypeError` for a value that cannot be copied."""
-        raise TypeError(f"{self._place} holds {_name(value)}, which cannot be copied: {reason}.")
-
 
 def _name(value):
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -147,13 +155,10 @@ def _share(value, copier):
 def _copy(value, copier):
     """Copies an object of any other class."""
     root = type(value).__module__.partition(".")[0]
-    try:
-        # Locks, files, loggers and the like.
-        if root in sys.stdlib_module_names or backend.is_shared(value):
-            return value
-        return _copy_by_protocol(value, copier)
-    except TypeError as error:
-        copier.refuse(value, error)
+    # Of the standard library: locks, files, loggers and the like.
+    if root in sys.stdlib_module_names or backend.is_shared(value):
+        return value
+    return _copy_by_protocol(value, copier)
 
 
 def _copy_by_protocol(value, copier):
@@ -216,11 +221,13 @@ def _copy_tuple(value, copier):
 
 
 def _copy_method(value, copier):
-    return types.MethodType(value.__func__, copier(value.__self__))
+    owner = copier(value.__self__)
+    return LEFT_OUT if owner is LEFT_OUT else types.MethodType(value.__func__, owner)
 
 
 def _copy_weak_reference(value, copier):
-    return value if value() is None else weakref.ref(copier(value()))
+    target = copier(value())
+    return LEFT_OUT if target is LEFT_OUT else value if target is None else weakref.ref(target)
 
 
 def _copy_function(value, copier):
@@ -240,16 +247,13 @@ def _copy_function(value, copier):
         with contextlib.suppress(ValueError):  # An empty cell.
             held = cell.cell_contents
             # A function that reads the learning rate must read that of the training.
-            lives = isinstance(held, keras.optimizers.Optimizer)
-            copy.cell_contents = held if lives else copier(held)
+            is_optimizer = isinstance(held, keras.optimizers.Optimizer)
+            copy.cell_contents = held if is_optimizer else copier(held)
             pairs.append((held, copy.cell_contents))
     if all(one is other for one, other in pairs):
         return copier.add(value, value)
-    new.__qualname__, new.__module__, new.__doc__ = (
-        value.__qualname__,
-        value.__module__,
-        value.__doc__,
-    )
+    for name in ("__doc__", "__module__", "__qualname__"):
+        setattr(new, name, getattr(value, name))
     copier.set_attributes(value, new, vars(value))
     return new
 

@@ -39,14 +39,10 @@ _COMPILATION = {
     "_compile_loss": None,
     "_compile_metrics": None,
     "_compiled_trainable_state": LEFT_OUT,
-    "_distributed_dataset": LEFT_OUT,
-    "_eval_epoch_iterator": LEFT_OUT,
-    "_jax_state": LEFT_OUT,
     "_jit_compile": None,
     "_loss_tracker": None,
     "_run_eagerly": False,
     "compiled": False,
-    "history": LEFT_OUT,
     "loss": None,
     "optimizer": LEFT_OUT,
     "predict_function": None,
@@ -54,6 +50,9 @@ _COMPILATION = {
     "test_function": None,
     "train_function": None,
 }
+
+# What `fit` leaves behind, on some backends.
+_OF_FIT = ("_distributed_dataset", "_eval_epoch_iterator", "_jax_state", "history")
 
 # Nodes of other graphs that use an operation must not be followed.
 _NODES = {"_inbound_nodes": list, "_outbound_nodes": list}
@@ -97,7 +96,7 @@ def _fill_operation(old, new, copier):
     if isinstance(old, keras.Layer):
         fixed.update(_OF_LAYERS)
     if isinstance(old, Trainer):
-        fixed.update(_COMPILATION)
+        fixed.update(_COMPILATION, **dict.fromkeys(_OF_FIT, LEFT_OUT))
     copier.fill(old, new, {k: v() if isinstance(v, type) else v for k, v in fixed.items()})
     copier.at_the_end(_link_nodes, old, new, copier)
 

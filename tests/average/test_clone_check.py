@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from polyak_model import PolyakModel, UniformAverage
@@ -111,3 +112,42 @@ def test_a_model_that_only_runs_eagerly_is_built_by_its_first_batch():
     assert model.average_step == 4
     raw, average = (model.predict(x, verbose=0, using=route) for route in ("raw", "average"))
     assert not np.array_equal(raw, average)
+
+
+class Joined(layers.Layer):
+    """Takes a dict or a list of inputs."""
+
+    def call(self, inputs):
+        return sum(inputs.values()) if isinstance(inputs, dict) else sum(inputs)
+
+
+class OnTensors(layers.Layer):
+    """Takes tensors of TensorFlow, no symbolic ones of Keras."""
+
+    def call(self, inputs):
+        if isinstance(inputs, keras.KerasTensor):
+            raise TypeError("no symbolic tensors")
+        return tf.sin(inputs)
+
+
+X = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize(
+    ("first", "x"), [(Joined, {"a": X, "b": -2 * X}), (Joined, [X, 2 * X]), (OnTensors, X)]
+)
+def test_a_sequential_without_an_input_trains_as_bare(first, x, run_eagerly):
+    weights = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(1)
+        inner = keras.Sequential([first(), layers.Dense(2)])
+        model = PolyakModel(inner, UniformAverage()) if wrap else inner
+        model.compile("sgd", "mse", run_eagerly=run_eagerly)
+        model.fit(x, X[:, :2], batch_size=4, shuffle=False, verbose=0)
+        weights.append(inner.get_weights())
+    assert model.average_step == 4
+    assert len(weights[0]) == len(model.average_model.weights) == 2
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert model.predict(x, verbose=0).shape == (16, 2)

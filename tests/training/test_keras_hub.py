@@ -5,8 +5,9 @@ import keras_hub
 import numpy as np
 import pytest
 from kinds import RULE, Kind, Trained, assert_same_state, check_average, check_predictions
+from object_graphs import assert_shares_nothing
 
-from polyak_model import PolyakModel
+from polyak_model import PolyakModel, clone_model
 
 TOKENS = np.random.default_rng(0).integers(1, 20, size=(8, 6)).astype("int32")
 SIZES = {
@@ -71,6 +72,18 @@ def test_the_average_is_scored_by_the_loss_that_keras_hub_chose():
     )
     model.compile("sgd", keras.losses.CategoricalHinge(), metrics=[])
     assert isinstance(model.average_model.loss, keras.losses.CategoricalHinge)
+
+
+def test_a_copy_has_a_preprocessor_of_its_own():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "green"]
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=words)
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=6)
+    backbone = keras_hub.models.BertBackbone(**SIZES)
+    model = keras_hub.models.BertTextClassifier(backbone, 3, preprocessor=preprocessor)
+    clone = clone_model(model)
+    assert_shares_nothing(model, clone)
+    texts = ["red blue", "green grey"]
+    np.testing.assert_array_equal(clone.predict(texts, verbose=0), model.predict(texts, verbose=0))
 
 
 @pytest.mark.slow

@@ -5,7 +5,15 @@ from keras.src.utils.tracking import DotNotTrackScope
 from tensorflow.python.trackable.base import Trackable
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper, _TupleWrapper
 
-_BOOKKEEPING = "_self_unconditional_checkpoint_dependencies"
+_DEPENDENCIES = "_self_unconditional_checkpoint_dependencies"
+_BOOKKEEPING = {
+    _DEPENDENCIES,
+    "_self_name_based_restores",
+    "_self_saveable_object_factories",
+    "_self_unconditional_deferred_dependencies",
+    "_self_unconditional_dependency_names",
+    "_self_update_uid",
+}
 
 PRIVATE = (
     (Trackable, ("_track_trackable", "_maybe_initialize_trackable")),
@@ -19,7 +27,7 @@ def is_bookkeeping(name):
     Args:
         name: Name of an attribute.
     """
-    return name.startswith("_self_") and name != "_self_setattr_tracking"
+    return name in _BOOKKEEPING
 
 
 def track_copies(old, new, copier):
@@ -34,7 +42,7 @@ def track_copies(old, new, copier):
         copier: The copier that has copied everything else.
     """
     with DotNotTrackScope():  # Keras would track the references in their turn.
-        for name, ref in vars(old).get(_BOOKKEEPING, ()):
+        for name, ref in vars(old).get(_DEPENDENCIES, ()):
             for copy in copier.known([ref]):
                 new._track_trackable(copy, name=name, overwrite=True)
 
