@@ -38,22 +38,25 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
 
         average += weight(step) * (iterate - average)
 
-    Training is that of `model`, unchanged. Outside training the average
-    answers, or the raw model, or both together. Where an entry of the iterate
-    is infinite or not a number, its average stays.
+    Training is that of `model`, unchanged. Outside training the outputs are those
+    of the average, of the raw model, or of both combined. Where an entry of the
+    iterate is inf or NaN, its average stays.
 
-    As a layer of a larger model it follows that model's optimizer by itself:
-    whenever the raw weights have changed between two calls in training, or
-    before the average is used, they took one step.
+    As a layer of a larger model it follows that model's optimizer: if the raw
+    weights have changed between two calls in training, or before the average is
+    used, they took one step.
+
+    Plain attributes and variables of `model` are read and set through the
+    wrapper. Methods are not: the raw and the average model have one each.
 
     Args:
         model: A `keras.Model`, compiled or not, built or not. It becomes
             `raw_model`.
         average: Float in [0, 1), the decay of an `ExponentialAverage`, or a rule
             of `polyak_model.rules`. Defaults to 0.999.
-        inference: `"average"`, `"raw"` or `"ensemble"`: who answers `evaluate`,
-            `predict` and calls with `training=False`. It can also be set as an
-            attribute. Defaults to `"average"`.
+        inference: `"average"`, `"raw"` or `"ensemble"`: the default route of
+            `evaluate`, `predict` and calls with `training=False`. It can also be
+            set as an attribute. Defaults to `"average"`.
         report: Routes that `evaluate` (and `fit` with validation data) reports
             in one pass, e.g. `("average", "raw", "ensemble")`. The metrics of
             `inference` have plain names, those of the others are prefixed:
@@ -68,19 +71,21 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             like the weights or copied from the raw model. Defaults to
             `"average"`.
         compensated: Bool. Whether to carry the rounding error of the average
-            along (Kahan), for slow averages; takes as much memory again as the
+            along (Kahan), for slow averages. It takes as much memory as the
             average. Defaults to False.
-        device: Where the average lives and moves, e.g. `"CPU:0"`; the training
-            step is then compiled without XLA, which cannot reach across devices.
-            Defaults to None: beside the raw weights.
+        device: Device on which the average is stored and updated, e.g.
+            `"CPU:0"`. XLA then compiles the raw model's step alone, since it
+            cannot reach across devices. Defaults to None: that of the raw
+            weights.
         clone_function: `() -> keras.Model`, a fresh model of the same
-            architecture, for a model Keras cannot clone. Defaults to None.
+            architecture, for a model that cannot be copied. Defaults to None.
         name: Name of the wrapper.
 
     Raises:
-        ValueError: If an argument is out of its range, or Keras cannot clone
-            `model`.
-        TypeError: If `model` is not a `keras.Model`.
+        ValueError: If an argument is out of its range, or `model` cannot be
+            copied.
+        TypeError: If `model` is not a `keras.Model`, or is a PolyakModel or an
+            average model already.
 
     Example:
 
@@ -158,7 +163,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
     def rule(self):
         """The rule of the average, which can be set, also while the model trains.
 
-        The past and the step stay; from the next step on the new rule weighs.
+        The average and the step stay; the new rule acts from the next step on.
         """
         return self.shadow.rule
 
@@ -178,9 +183,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         """Takes one step of averaging, for training loops of your own.
 
         Call it right after the optimizer's step, eagerly or inside a
-        `tf.function`. A loop that calls the PolyakModel with `training=True`,
-        rather than its raw model, is followed without it; a step that is
-        reported too is not counted twice.
+        `tf.function`. In a loop that calls the PolyakModel itself with
+        `training=True` steps are detected without it, and a step that is
+        reported as well is not counted twice.
 
         Raises:
             ValueError: If the model is not built.
@@ -198,7 +203,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         backend.on_each_replica(self, self.shadow.update)
 
     def reset_average(self):
-        """Forgets the past: the average becomes the present raw weights, the step 0.
+        """Forgets the past: the average becomes a copy of the raw weights, the step 0.
 
         Raises:
             ValueError: If the model is not built.
@@ -238,23 +243,21 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
     def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto"):
         """Recomputes the statistics of BatchNormalization in the average model by a pass over data.
 
-        What is computed, and how, `polyak_model.average.batch_norm.refresh_statistics`
-        tells. Layers that are frozen in the raw model keep theirs. Training
-        further moves them again, as `non_trainable` says; so do it before the
-        average is evaluated or saved.
+        The computation is that of `polyak_model.refresh_statistics`. Layers that
+        are frozen in the raw model keep their statistics. Further training
+        changes them again, so refresh before evaluating or saving the average.
 
         Args:
             data: Training inputs, of any kind that `predict` takes, with targets
                 or without.
-            steps: Int, how many batches to take. Defaults to None: all.
+            steps: Int, the number of batches to use. Defaults to None: all.
             batch_size: Int, examples per batch of arrays. Defaults to None: 32.
             verbose: `"auto"`, 0 for silence, 1 for a progress bar or 2 for a
                 line.
 
         Raises:
-            ValueError: If averaging has not begun, or `data` is empty or leads to
-                statistics that are infinite or not a number. The old statistics
-                stand then.
+            ValueError: If averaging has not begun, `data` is empty, or the
+                statistics contain inf or NaN. The old statistics stay then.
 
         Example:
 
@@ -348,7 +351,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             self._adopt_compilation()
 
     def build(self, input_shape):
-        """Builds the raw and the average model, which then equals it.
+        """Builds the raw model, and the average model as its copy.
 
         Args:
             input_shape: Shape tuple, or a nested structure of them.
@@ -417,7 +420,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         return self.raw_model.compute_mask(inputs, previous_mask)
 
     def quantize(self, *args, **kwargs):
-        """Is refused: quantized weights cannot be averaged."""
+        """Raises `ValueError`: quantized weights cannot be averaged."""
         raise ValueError(
             "A PolyakModel cannot be quantized, since its average follows the raw weights. "
             "Quantize a plain model for serving: average = clone_model(model.average_model), then "
@@ -454,7 +457,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
         model = dict(serialize(self.raw_model))
-        # The wrapper carries it as its own, so that load_model(compile=False) can leave it out.
+        # It is saved with the wrapper, so that load_model(compile=False) can leave it out.
         model.pop("compile_config", None)
         combine = self._router.combine
         return {

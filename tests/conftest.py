@@ -1,37 +1,93 @@
+"""Fixtures and markers of all tests. Keras is imported by the tests that use it, not here."""
+
 import gc
 import os
+import pathlib
+import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import closed_forms
 import hypothesis
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from polyak_model.backend.tensorflow import update as moves
-
-# A second logical device shows where variables are placed.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # A first call compiles and the machine may be busy: the time of one example says nothing.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
-# Looking for garbage need not look through TensorFlow each time.
-gc.freeze()
-
+TESTS = pathlib.Path(__file__).parent
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
+MODES["graph with shipped thresholds"] = {}
+
+COSTS = {"processes", "memory", "zoo", "benchmarks", "slow"}
+# CPU seconds, those of child processes included, above which a test needs such a marker. Unlike the
+# time on the clock, they hardly depend on what else the machine does.
+LIMIT = 10
+# Folders without quick tests, which `-m quick` does not import.
+NEVER_QUICK = {"backend", "benchmarks", "science", "training"}
+QUICK_RULES = [closed_forms.RULES[name] for name in ("debiased", "biased", "late-and-rare")]
+
+# Helpers have no doctests.
+collect_ignore = ["helpers"]
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.option.markexpr == "quick" and collection_path.parent == TESTS:
+        return collection_path.name in NEVER_QUICK or None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_quick(item):
+            item.add_marker("quick")
+    if "tensorflow" in sys.modules:
+        import devices
+
+        devices.add_second_device()
+        # Looking for garbage need not look through TensorFlow each time.
+        gc.freeze()
+
+
+def is_quick(item):
+    """Returns whether a test is cheap: of the laws, those in graph mode and with a few rules."""
+    if is_costly(item) or not item.path.is_relative_to(TESTS):
+        return False
+    if not NEVER_QUICK.isdisjoint(item.path.relative_to(TESTS).parts):
+        return False
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if (
+        item.path.name == "test_laws.py"
+        and parameters.get("rule", QUICK_RULES[0]) not in QUICK_RULES
+    ):
+        return False
+    return parameters.get("mode", "graph") not in ("eager", "xla")
+
+
+def is_costly(item):
+    return any(item.get_closest_marker(cost) for cost in COSTS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = sum(os.times()[:4])
+    result = yield
+    seconds = sum(os.times()[:4]) - before
+    if seconds > LIMIT and not is_costly(item):
+        pytest.fail(f"took {seconds:.0f} s of CPU time: mark its cost, one of {sorted(COSTS)}")
+    return result
 
 
 @pytest.fixture(autouse=True)
-def fresh_keras(request):
+def fresh_keras():
     """Each test starts with the same seed, names and dtype policy, whatever ran before it."""
-    if "without_keras" in request.keywords:
+    if "keras" not in sys.modules:
         yield
         return
+    import keras
+
     policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
     # Python looks for garbage when there is enough; after each test that takes longer than many do.
     keras.utils.clear_session(free_memory=False)
@@ -41,14 +97,16 @@ def fresh_keras(request):
     keras.config.set_dtype_policy(policy)
 
 
-@pytest.fixture(params=list(MODES))
+@pytest.fixture(params=["eager", "graph", "xla"])
 def mode(request, monkeypatch):
-    """Arguments of `compile` for eager, graph and XLA execution."""
+    """Arguments of `compile` for eager, graph and XLA execution, or for those a test names."""
     if request.param == "graph":
-        # Some variables of a small model then move as large ones do, the others together, by twos.
-        monkeypatch.setattr(moves, "LARGE", 16)
-        monkeypatch.setattr(moves, "HUGE", 16)
-        monkeypatch.setattr(moves, "FEW", 2)
+        from polyak_model.backend.tensorflow import update
+
+        # Some variables of a small model are then updated as large ones are, the others in pairs.
+        monkeypatch.setattr(update, "LARGE", 16)
+        monkeypatch.setattr(update, "HUGE", 16)
+        monkeypatch.setattr(update, "FEW", 2)
     return MODES[request.param]
 
 
@@ -63,4 +121,6 @@ def batches():
 @pytest.fixture(scope="session")
 def strategy():
     """Two logical CPUs; of two such strategies in a process TensorFlow mixes up the messages."""
+    import tensorflow as tf
+
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

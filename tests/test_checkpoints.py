@@ -3,15 +3,12 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 import zipfile
 
 import h5py
-import keras
 import ml_dtypes
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -22,7 +19,6 @@ from polyak_model.checkpoints import average_files
 from polyak_model.errors import InputError
 from polyak_model.weight_files.reader import open_weights
 
-pytestmark = pytest.mark.without_keras
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
@@ -133,6 +129,7 @@ def test_tensors_in_chunks_are_averaged(tmp_path, options):
     np.testing.assert_array_equal(read(tmp_path / "average.weights.h5")["vars/0"], 1.5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ending", WRITERS)
 def test_too_many_open_files_are_reported_with_a_remedy(tmp_path, ending):
     paths = [str(WRITERS[ending](tmp_path / f"{n}{ending}")) for n in range(40)]
@@ -211,93 +208,6 @@ def test_a_keras_file_keeps_configuration_metadata_and_assets_of_the_last(tmp_pa
         assert all(i.compress_type == zipfile.ZIP_STORED for i in average.archive.infolist())
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Three epochs of a model as both kinds of file, with the weights of each."""
-    folder = tmp_path_factory.mktemp("trained")
-    keras.utils.set_random_seed(0)
-    lookup = keras.layers.StringLookup(vocabulary=["a", "b"])
-    words = keras.Input((1,), dtype="string")
-    numbers = keras.Input((4,))
-    joined = keras.layers.Concatenate()(
-        [keras.layers.Flatten()(keras.layers.Embedding(3, 2)(lookup(words))), numbers]
-    )
-    hidden = keras.layers.Dropout(0.1)(keras.layers.BatchNormalization()(joined))
-    outputs = keras.layers.Dense(2, dtype="float32")(keras.layers.Dense(3, "relu")(hidden))
-    model = keras.Model([words, numbers], outputs)
-    model.compile("adam", "mse", metrics=["mae"])
-    x = [tf.constant([["a"], ["b"], ["c"], ["a"]]), tf.random.uniform((4, 4))]
-    y = np.random.rand(4, 2)
-    weights = []
-    for epoch in range(3):
-        model.fit(x, y, verbose=0)
-        model.save(folder / f"{epoch}.keras")
-        model.save_weights(folder / f"{epoch}.weights.h5")
-        weights.append(model.get_weights())
-    return folder, model, x, weights
-
-
-def expected(weights, shares):
-    return [
-        sum(share * w.astype("float64") for share, w in zip(shares, ws, strict=True))
-        for ws in zip(*weights, strict=True)
-    ]
-
-
-def check_weights(model, weights, shares):
-    for name, received, wanted in zip(
-        [v.path for v in model.weights], model.get_weights(), expected(weights, shares), strict=True
-    ):
-        if "seed" not in name:
-            np.testing.assert_allclose(received, wanted, rtol=1.2e-7, atol=0, err_msg=name)
-
-
-@pytest.mark.parametrize("shares", [[1 / 3] * 3, [1 / 6, 2 / 6, 3 / 6]])
-def test_keras_loads_the_model_without_a_warning_and_it_predicts_like_the_mean(trained, shares):
-    folder, model, x, weights = trained
-    average_files([folder / f"{n}.keras" for n in range(3)], folder / "average.keras", shares)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        average = keras.models.load_model(folder / "average.keras")
-        for compile_it in (True, False):
-            keras.models.load_model(folder / "average.keras", compile=compile_it)
-    check_weights(average, weights, shares)
-    model.set_weights(average.get_weights())
-    np.testing.assert_array_equal(average(x), model(x))
-    average.compile("adam", "mse")
-    average.fit(x, np.zeros((4, 2)), verbose=0)
-
-
-@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_keras_loads_the_weights(trained, ending):
-    folder, model, _, weights = trained
-    paths = [folder / f"{n}{ending}" for n in range(3)]
-    average_files(paths, folder / "average.weights.h5")
-    fresh = keras.Model.from_config(model.get_config())
-    fresh.load_weights(folder / "average.weights.h5")
-    check_weights(fresh, weights, [1 / 3] * 3)
-
-
-def test_refreshed_statistics_are_those_of_all_batches(trained):
-    folder, *_ = trained
-    average_files([folder / f"{n}.keras" for n in range(3)], folder / "average.keras")
-    model = keras.models.load_model(folder / "average.keras")
-    layer = next(x for x in model.layers if isinstance(x, keras.layers.BatchNormalization))
-    inputs = keras.Model(model.inputs, layer.input)
-    batches = [
-        [tf.constant([["a"], ["b"]]), tf.random.stateless_normal((2, 4), [0, n])] for n in range(5)
-    ]
-    for i, batch in enumerate(batches):
-        layer.momentum = i / (i + 1)
-        model(batch, training=True)
-    means = [np.mean(inputs(batch), axis=0) for batch in batches]
-    variances = [np.var(inputs(batch), axis=0) for batch in batches]
-    np.testing.assert_allclose(layer.moving_mean, np.mean(means, axis=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        layer.moving_variance, np.mean(variances, axis=0), rtol=1e-5, atol=1e-6
-    )
-
-
 def check_refused(paths, output, problem, weights=None):
     before = output.read_bytes() if output.is_file() else None
     names = sorted(os.listdir(output.parent)) if output.parent.is_dir() else None
@@ -349,6 +259,7 @@ def test_fewer_than_two_files_are_refused(tmp_path, count):
     check_refused(paths, tmp_path / "average.weights.h5", "at least two files")
 
 
+@pytest.mark.processes
 def test_a_full_disk_leaves_the_output_unchanged(tmp_path):
     paths = [
         WRITERS[ending](tmp_path / f"{n}{ending}", {"vars/0": np.ones(10**5)})
@@ -386,6 +297,7 @@ def run(program, folder):
     )
 
 
+@pytest.mark.memory
 def test_little_memory_is_kept_for_each_of_many_files(tmp_path):
     tensors = {f"layers/dense_{n}/vars/0": np.ones(2, "float32") for n in range(100)}
     paths = [str(write_hdf5(tmp_path / f"{n}.weights.h5", tensors)) for n in range(40)]
@@ -403,6 +315,7 @@ print((peak() - before) / 38)
     assert kilobytes_for_each < 500
 
 
+@pytest.mark.memory
 def test_memory_does_not_grow_with_the_files_nor_with_the_tensor(tmp_path):
     array = np.random.default_rng(0).random(2**23, "float32")
     paths = [write_hdf5(tmp_path / f"{n}.weights.h5", {"vars/0": array}) for n in range(6)]
@@ -431,6 +344,7 @@ def test_progress_is_reported_up_to_the_end(tmp_path):
     assert told[-1] == 1
 
 
+@pytest.mark.processes
 def test_the_benchmark_runs(tmp_path):
     script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks")
     program = f"""
@@ -457,15 +371,3 @@ def test_the_file_of_a_polyak_model_is_refused_for_it_holds_two_models(tmp_path)
 def make_wrapper(path):
     groups = ("average_model/layers/dense", "layers/sequential/layers/dense", "layers/shadow")
     return write_hdf5(path, {f"{group}/vars/0": np.zeros(2) for group in groups})
-
-
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_models_that_keras_quantized_are_refused(tmp_path, mode):
-    paths = []
-    for seed in range(2):
-        keras.utils.set_random_seed(seed)
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-        model.layers[0].quantize(mode)
-        paths.append(tmp_path / f"{seed}.keras")
-        model.save(paths[-1])
-    check_refused(paths, tmp_path / "out.keras", "'layers/dense/vars/0' is quantized to int8")

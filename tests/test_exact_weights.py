@@ -9,8 +9,6 @@ import tensorflow as tf
 
 from polyak_model import ExponentialAverage, PolynomialAverage, PowerAverage, UniformAverage
 
-pytestmark = pytest.mark.without_keras
-
 STEPS = [1, 2, 3, 10, 1000, 9999, 10_000, 10_000_000]
 STRIDES = [1, 10]
 DECAYS = [0.0, 0.9, 0.999, 0.99999, 0.9999999]

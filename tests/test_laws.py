@@ -16,6 +16,7 @@ from models import (
     assert_identical,
     compile_classifier,
     make_classifier,
+    make_net_of_every_size,
     trained,
 )
 
@@ -23,6 +24,9 @@ from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
 from polyak_model.inference.ensemble import join
 
 RULES = pytest.mark.parametrize("rule", closed_forms.RULES.values(), ids=closed_forms.RULES)
+SHIPPED = pytest.mark.parametrize(
+    "mode", ["eager", "graph", "graph with shipped thresholds", "xla"], indirect=True
+)
 FITTED = pytest.mark.parametrize(
     "rule", [closed_forms.RULES[name] for name in ("debiased", "biased", "late-and-rare")]
 )
@@ -76,6 +80,7 @@ def test_law_1_holds_for_every_rule_in_a_training_loop_of_ones_own(rule, mode, w
     assert_close(expected, model.average_model.get_weights(), ulps=4)
 
 
+@SHIPPED
 @pytest.mark.parametrize("policy", ["float64", "mixed_bfloat16", "mixed_float16"])
 def test_law_1_holds_under_every_dtype_policy(policy, mode, batches):
     keras.config.set_floatx("float64" if policy == "float64" else "float32")
@@ -89,12 +94,35 @@ def test_law_1_holds_under_every_dtype_policy(policy, mode, batches):
     )
 
 
+@SHIPPED
 def test_law_1_holds_with_compensation_to_half_a_rounding(mode, batches):
     rule = UniformAverage()
     model = PolyakModel(compile_classifier(make_classifier(), **mode), rule, compensated=True)
     start, iterates = fit_recorded(model, batches)
     expected = closed_forms.average(rule, start, iterates)
     assert_close(expected, model.average_model.get_weights(), ulps=0.6)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph with shipped thresholds"], indirect=True)
+@pytest.mark.parametrize(("compensated", "ulps"), [(False, 4), (True, 0.6)])
+def test_laws_1_and_2_hold_for_variables_of_every_size(mode, compensated, ulps):
+    inner, rule = make_net_of_every_size(), ExponentialAverage(0.9)
+    generator = np.random.default_rng(0)
+    start, *iterates = [
+        [generator.uniform(0.5, 1.5, w.shape).astype("float32") for w in inner.weights]
+        for _ in range(6)
+    ]
+    inner.set_weights(start)
+    model = PolyakModel(inner, rule, compensated=compensated)
+    update = as_function(model.update_average, **mode)
+    for _ in range(3):
+        update()
+    assert_identical(start, model.average_model.get_weights())
+    for iterate in iterates:
+        inner.set_weights(iterate)
+        update()
+    expected = closed_forms.average(rule, start, [start] * 3 + iterates)
+    assert_close(expected, model.average_model.get_weights(), ulps=ulps)
 
 
 @settings(max_examples=15)
@@ -148,7 +176,6 @@ def test_law_2_holds_while_fitting_at_a_learning_rate_of_zero(rule, mode, batche
 # Law 3
 
 
-@pytest.mark.slow
 def test_law_3_answering_saving_and_summarising_change_no_weight(mode, batches, tmp_path, capsys):
     model = PolyakModel(
         compile_classifier(make_classifier(), **mode), 0.9, report=("average", "raw", "ensemble")
@@ -176,6 +203,7 @@ def test_law_3_answering_saving_and_summarising_change_no_weight(mode, batches, 
 # Law 4
 
 
+@SHIPPED
 @pytest.mark.parametrize("accumulate", [None, 4])
 def test_law_4_the_average_moves_once_per_optimizer_step(accumulate, mode, batches):
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulate)
@@ -322,6 +350,7 @@ class Counter(layers.Layer):
         return inputs * self.scale
 
 
+@SHIPPED
 def test_law_8_integers_and_booleans_are_copied_and_seeds_left_alone(mode, batches):
     inner = keras.Sequential([keras.Input((6,)), Counter(), layers.Dense(3, activation="softmax")])
     model = PolyakModel(compile_classifier(inner, **mode), ExponentialAverage(0.9, debias=False))
@@ -420,7 +449,6 @@ def train_for_law_10(make, batches, wrap, **mode):
     return inner, logbook.pages
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_law_10_the_wrapper_trains_exactly_as_the_bare_model_does(make, mode, batches):
     bare, bare_logs = train_for_law_10(make, batches, wrap=False, **mode)

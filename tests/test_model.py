@@ -170,7 +170,6 @@ def test_a_frozen_weight_is_averaged_once_it_is_unfrozen_even_where_statistics_a
     assert not np.array_equal(inner.get_weights()[0], model.average_model.get_weights()[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "mode"),
     [
@@ -355,7 +354,7 @@ def test_the_saved_average_is_a_plain_model_that_can_be_trained_further(batches,
     assert loaded.evaluate(*batches, verbose=0) == model.evaluate(*batches, verbose=0)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_the_saved_average_loads_where_this_package_cannot_be_imported(batches, tmp_path):
     model = trained(batches)
     model.average_model.save(tmp_path / "average.keras")

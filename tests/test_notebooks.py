@@ -23,7 +23,7 @@ def test_the_readme_links_to_every_notebook():
     assert linked == [path.stem for path in NOTEBOOKS]
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 def test_a_notebook_runs_without_error_and_leaves_no_files(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     nbclient.NotebookClient(

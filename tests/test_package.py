@@ -23,11 +23,12 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(polyak_model, "SwapModel")
 
 
+@pytest.mark.processes
 def test_importing_the_package_does_not_import_keras():
     assert run("import sys, polyak_model; print('keras' in sys.modules)") == "False"
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_classes_are_registered_when_keras_came_first_or_a_class_was_imported():
     registered = "print('polyak_model>PolyakModel' in keras.saving.get_custom_objects())"
     assert run(f"import keras; import polyak_model; {registered}").endswith("True")

@@ -36,7 +36,7 @@ def run(command, folder):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_python_blocks_run_in_order_and_then_the_file_commands(tmp_path):
     assert len(BLOCKS) >= 4
     assert run([sys.executable, "-c", SCRIPT], tmp_path).strip().endswith("all ran")
@@ -54,6 +54,7 @@ def test_it_has_at_most_150_lines_and_code_to_run_within_the_first_34():
     assert lines.index("```python") < 34
 
 
+@pytest.mark.processes
 def test_ci_runs_the_test_command():
     command = r"/^<!-- test command -->$/,/^```$/{/^<!--/d;/^```/d;p}"
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -1,5 +1,4 @@
 import copy
-import importlib
 import math
 import pickle
 import subprocess
@@ -7,10 +6,8 @@ import sys
 from fractions import Fraction
 
 import closed_forms
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,24 +62,6 @@ def test_weights_lose_no_digits_after_ten_million_steps(rule, limit):
 
 
 @RULES
-def test_the_weight_of_a_tensor_step_is_that_of_an_int(rule, mode):
-    def weight(step):
-        return rule.weight(step, rule.update_every)
-
-    def run(step):
-        return float(weight(tf.constant(step, "int64")))
-
-    if not mode.get("run_eagerly"):
-        traced = tf.function(weight, jit_compile=mode.get("jit_compile", False))
-
-        def run(step):
-            return float(traced(tf.constant(step, "int64")))
-
-    for step in (1, 2, 5, 30, 1_000_000):
-        assert run(step) == pytest.approx(weight(step), rel=1e-13)
-
-
-@RULES
 def test_the_weight_of_an_array_is_that_of_each_step(rule):
     steps = np.arange(1, 50)
     expected = [rule.weight(int(step), rule.update_every) for step in steps]
@@ -114,15 +93,6 @@ def test_the_average_mirrors_up_to_the_start_step_and_moves_at_every_stride_afte
     moves = [step for step in steps if rule.moves_at(step)]
     assert moves == [*range(1, start + 1), *range(start + stride, steps[-1] + 1, stride)]
     assert all(rule.weight(step, stride) == 1 for step in range(1, start + 1))
-
-
-@RULES
-def test_a_rule_survives_serialization(rule):
-    config = keras.saving.serialize_keras_object(rule)
-    loaded = keras.saving.deserialize_keras_object(config)
-    assert loaded == rule
-    assert hash(loaded) == hash(rule)
-    assert loaded.weight(17, 2) == rule.weight(17, 2)
 
 
 def test_rules_with_other_arguments_differ():
@@ -276,6 +246,7 @@ def test_a_copy_of_a_rule_is_equal_and_immutable(rule, copied):
         other.update_every = 9
 
 
+@pytest.mark.processes
 def test_rules_import_neither_keras_nor_tensorflow():
     code = (
         "import sys, numpy, polyak_model.rules; from polyak_model import UniformAverage\n"
@@ -284,18 +255,6 @@ def test_rules_import_neither_keras_nor_tensorflow():
         "assert not {'keras', 'tensorflow'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    "name", ["ExponentialAverage", "PolynomialAverage", "PowerAverage", "UniformAverage"]
-)
-def test_rules_are_registered_with_keras_under_stable_names(name):
-    importlib.import_module("polyak_model.model")
-    rule = getattr(rules, name)()
-    config = keras.saving.serialize_keras_object(rule)
-    assert config["registered_name"] == f"polyak_model>{name}"
-    assert config["module"] == "polyak_model.rules"
-    assert keras.saving.get_registered_object(f"polyak_model>{name}") is type(rule)
 
 
 PROSE = [

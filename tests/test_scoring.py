@@ -15,11 +15,6 @@ from polyak_model.scoring import Scorer, load_model
 DATA = (INPUTS, TARGETS)
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """No test here depends on the state of Keras. Clearing it takes long."""
-
-
 def compiled(model, **options):
     defaults = {"optimizer": "adam", "loss": "mse", "metrics": ["mae"], "run_eagerly": True}
     model.compile(**defaults | options)

@@ -15,7 +15,6 @@ from polyak_model import (
 )
 from polyak_model.rules import shares
 
-pytestmark = pytest.mark.without_keras
 counts = st.integers(1, 200)
 exponents = st.floats(0, 20)
 schedules = {"start_step": st.integers(0, 30), "update_every": st.integers(1, 7)}

@@ -11,11 +11,6 @@ numbers = st.floats(-1e6, 1e6, width=32)
 modes = st.sampled_from(["max", "min"])
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Nothing here depends on the state of Keras, which takes long to clear."""
-
-
 @st.composite
 def problems(draw, equal=False):
     """Candidates of one or two arrays, a score for them, and its mode."""

@@ -38,7 +38,6 @@ _COMPILATION = {
     "_compile_config": LEFT_OUT,
     "_compile_loss": None,
     "_compile_metrics": None,
-    "_compiled_trainable_state": LEFT_OUT,
     "_jit_compile": None,
     "_loss_tracker": None,
     "_run_eagerly": False,
@@ -51,8 +50,14 @@ _COMPILATION = {
     "train_function": None,
 }
 
-# What `fit` leaves behind, on some backends.
-_OF_FIT = ("_distributed_dataset", "_eval_epoch_iterator", "_jax_state", "history")
+# What `compile` and `fit` leave behind in some versions of Keras and on some backends.
+_OF_TRAINING = (
+    "_compiled_trainable_state",
+    "_distributed_dataset",
+    "_eval_epoch_iterator",
+    "_jax_state",
+    "history",
+)
 
 # Nodes of other graphs that use an operation must not be followed.
 _NODES = {"_inbound_nodes": list, "_outbound_nodes": list}
@@ -96,7 +101,7 @@ def _fill_operation(old, new, copier):
     if isinstance(old, keras.Layer):
         fixed.update(_OF_LAYERS)
     if isinstance(old, Trainer):
-        fixed.update(_COMPILATION, **dict.fromkeys(_OF_FIT, LEFT_OUT))
+        fixed.update(_COMPILATION, **dict.fromkeys(_OF_TRAINING, LEFT_OUT))
     copier.fill(old, new, {k: v() if isinstance(v, type) else v for k, v in fixed.items()})
     copier.at_the_end(_link_nodes, old, new, copier)
 

@@ -252,20 +252,24 @@ def test_if_the_pass_fails_or_is_interrupted_the_old_statistics_stand():
     assert model.layers[1].call == call
 
 
+def make_dataset(array):
+    return tf.data.Dataset.from_tensor_slices(array).batch(4)
+
+
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("make", "array", "message"),
     [
-        (np.zeros((0, 6), "float32"), "at least one example"),
-        (tf.data.Dataset.from_tensor_slices(np.zeros((0, 6), "float32")).batch(4), "at least one"),
-        (np.full((4, 6), np.inf, "float32"), "must be finite"),
+        (np.copy, np.zeros((0, 6), "float32"), "at least one example"),
+        (make_dataset, np.zeros((0, 6), "float32"), "at least one"),
+        (np.copy, np.full((4, 6), np.inf, "float32"), "must be finite"),
     ],
     ids=["empty array", "empty dataset", "infinite"],
 )
-def test_data_that_gives_no_statistics_are_refused_and_the_old_ones_stand(data, message):
+def test_data_that_gives_no_statistics_are_refused_and_the_old_ones_stand(make, array, message):
     model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization()])
     before = norms(model)
     with pytest.raises(ValueError, match=message):
-        refresh_statistics(model, data, verbose=0)
+        refresh_statistics(model, make(array), verbose=0)
     assert_identical(before, norms(model))
 
 

@@ -72,7 +72,6 @@ def test_a_step_that_makes_the_weights_infinite_but_is_not_taken_leaves_the_aver
     assert read(model) == 2
 
 
-@pytest.mark.slow
 def test_compensation_keeps_a_slow_average_from_stalling():
     def gap(compensated):
         model = make_walker(ExponentialAverage(0.9999, debias=False), compensated=compensated)

@@ -11,8 +11,6 @@ from pairs import Pair
 
 from polyak_model import backend
 
-pytestmark = pytest.mark.without_keras
-
 COMPILERS = {
     "eager": lambda function: function,
     "graph": tf.function,

@@ -54,6 +54,7 @@ def test_the_current_backend_is_exposed():
         assert getattr(backend, name) is getattr(implementation, name)
 
 
+@pytest.mark.processes
 def test_a_backend_that_is_not_supported_is_refused():
     code = (
         "import keras\n"

@@ -515,7 +515,7 @@ def weights_under(results, prefix):
     return [results[f"{prefix}{i}"] for i in range(len(results)) if f"{prefix}{i}" in results]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_train_as_one(batches, tmp_path):
     x, y = batches
     np.savez(tmp_path / "data.npz", x=x, y=y)

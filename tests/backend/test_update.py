@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import make_net_of_every_size
 from pairs import Pair
 
 from polyak_model import PolyakModel, backend
@@ -201,7 +202,7 @@ def test_operations_after_an_update_see_it(compiler):
     np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_operations_after_an_update_see_it_where_xla_clusters_parts_of_a_graph():
     test = f"{__file__}::{test_operations_after_an_update_see_it.__name__}"
     flags = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
@@ -234,6 +235,19 @@ def test_groups_of_small_averages_are_smaller_and_checked_separately(size, branc
     operations = collections.Counter(operation.type for operation in graph.get_operations())
     assert operations["If"] == branches
     assert operations["L2Loss"] == (0 if size == 1 else 5)
+
+
+def test_the_thresholds_that_ship_are_all_reached_by_the_net_of_every_size(monkeypatch):
+    paths = []
+
+    def update_group(pairs, weight, check_separately):
+        paths.append("separately" if check_separately else "in one go")
+
+    monkeypatch.setattr(updates, "update_group", update_group)
+    monkeypatch.setattr(updates, "_apply", lambda formula, *_: paths.append("alone"))
+    model = PolyakModel(make_net_of_every_size())
+    tf.function(model.update_average).get_concrete_function()
+    assert paths == ["alone", "separately", "separately", "in one go"]
 
 
 @pytest.mark.parametrize("iterate_dtype", ["bfloat16", "float16", "float64"])

@@ -5,6 +5,8 @@ import keras
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 

@@ -4,6 +4,8 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
@@ -41,7 +43,6 @@ def test_the_benchmark_of_overhead_times_all_variants_in_turns(
     assert "0.00 ± 0.00" in capsys.readouterr().out
 
 
-@pytest.mark.without_keras
 def test_the_order_of_turns_is_shuffled_in_every_round_and_follows_from_the_seed(overhead):
     from training_steps import take_turns
 
@@ -59,7 +60,6 @@ def test_the_order_of_turns_is_shuffled_in_every_round_and_follows_from_the_seed
     assert order(0) == rounds != order(1)
 
 
-@pytest.mark.without_keras
 def test_an_execution_takes_as_many_training_steps_as_asked(overhead):
     make, batch_size = overhead.MODELS["tiny"]
     made = []
@@ -68,7 +68,6 @@ def test_an_execution_takes_as_many_training_steps_as_asked(overhead):
     assert made[0].optimizer.iterations == 3
 
 
-@pytest.mark.without_keras
 def test_extra_time_is_the_median_of_paired_differences(overhead):
     steps = {"bare": [2.0, 10.0, 3.0], "average": [2.5, 11.0, 3.25], "floor": [0.25] * 3}
     times = {name: {"first": 4.0, "steps": own} for name, own in steps.items()}
@@ -80,7 +79,6 @@ def test_extra_time_is_the_median_of_paired_differences(overhead):
     }
 
 
-@pytest.mark.without_keras
 def test_several_processes_are_summed_up_by_median_and_range(
     overhead, monkeypatch, tmp_path, capsys
 ):

@@ -3,6 +3,8 @@ import pathlib
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
@@ -14,7 +16,6 @@ def overhead_growth(monkeypatch):
     return overhead_growth
 
 
-@pytest.mark.without_keras
 def test_the_slope_and_its_standard_error_are_those_of_least_squares(overhead_growth):
     from scipy import stats
 
@@ -29,7 +30,6 @@ def test_the_slope_and_its_standard_error_are_those_of_least_squares(overhead_gr
     np.testing.assert_allclose(exact, (0.9, 0, np.log(3e-4)), atol=1e-9)
 
 
-@pytest.mark.without_keras
 def test_a_difference_that_noise_has_made_negative_leaves_no_slope(overhead_growth):
     assert np.isnan(overhead_growth.fit_line([1, 2, 3], [0.5, -0.1, 0.7])).all()
 
@@ -57,7 +57,6 @@ def test_gradients_of_tables_are_dense_and_move_their_first_rows(overhead_growth
         assert moved.tolist() == [True] + [False] * 49
 
 
-@pytest.mark.without_keras
 def test_growth_is_measured_both_ways(overhead_growth, monkeypatch, tmp_path, capsys):
     import overhead
     import training_steps

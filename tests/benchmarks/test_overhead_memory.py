@@ -4,6 +4,8 @@ import pathlib
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 MEGABYTES_100 = 10**8
 
@@ -16,7 +18,6 @@ def overhead_memory(monkeypatch):
     return overhead_memory
 
 
-@pytest.mark.without_keras
 def test_the_peak_of_the_resident_set_is_that_since_the_last_reset(overhead_memory):
     resident = overhead_memory.resident
     overhead_memory.reset_peaks()
@@ -32,7 +33,6 @@ def test_the_peak_of_the_resident_set_is_that_since_the_last_reset(overhead_memo
     assert resident()["resident at peak"] < before["resident at peak"] + 0.02 * MEGABYTES_100
 
 
-@pytest.mark.without_keras
 def test_tensors_are_counted_where_tensorflow_counts_them(overhead_memory):
     import tensorflow as tf
 
@@ -51,7 +51,6 @@ def test_tensors_are_counted_where_tensorflow_counts_them(overhead_memory):
     assert after["tensors at rest"] == before["tensors at rest"]
 
 
-@pytest.mark.without_keras
 def test_memory_is_told_beyond_the_bare_model_in_multiples_of_the_parameters(
     overhead_memory, monkeypatch, tmp_path, capsys
 ):
@@ -79,7 +78,6 @@ def test_memory_is_told_beyond_the_bare_model_in_multiples_of_the_parameters(
     assert (tmp_path / "memory.png").stat().st_size > 0
 
 
-@pytest.mark.without_keras
 def test_a_process_measures_every_step(overhead_memory):
     found = overhead_memory.measure("tiny", "PolyakModel", False, 1)
     assert found.pop("parameters") == 4 * (784 * 16 + 16 * 10)

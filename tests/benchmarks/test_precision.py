@@ -3,10 +3,11 @@ import pathlib
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.benchmarks
+
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.slow
 def test_the_benchmark_of_precision_finds_a_compensated_average_exact_and_a_plain_one_stalled(
     monkeypatch, tmp_path, capsys
 ):

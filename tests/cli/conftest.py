@@ -6,8 +6,8 @@ from polyak_model.cli import app as cli
 
 
 @pytest.fixture(autouse=True)
-def fresh_keras(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own. Clearing Keras takes long and is not needed."""
+def working_folder(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -75,6 +75,7 @@ def test_an_existing_folder_is_written_to_and_old_results_are_replaced(images, c
     assert pathlib.Path("results", "notes.txt").read_text() == "kept"
 
 
+@pytest.mark.processes
 def test_the_module_runs_as_a_command(images):
     result = run_process(images.parent, "-m", "polyak_model", "demo", "--data=images.npz")
     assert result.returncode == 0
@@ -82,6 +83,7 @@ def test_the_module_runs_as_a_command(images):
     assert sorted(path.name for path in (images.parent / "polyak-demo").iterdir()) == FILES
 
 
+@pytest.mark.processes
 def test_a_missing_file_is_reported_in_one_line_and_nothing_is_written(tmp_path):
     result = run_process(tmp_path, "-m", "polyak_model", "demo", "--data", "nowhere.npz")
     assert (result.returncode, result.stdout) == (2, "")
@@ -91,6 +93,7 @@ def test_a_missing_file_is_reported_in_one_line_and_nothing_is_written(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [["--data", "nowhere.npz"], ["--decay", "2"]])
 def test_bad_input_is_reported_before_keras_is_imported(tmp_path, arguments):
     program = (

@@ -15,7 +15,6 @@ import polyak_model
 from polyak_model.cli import app as cli
 from polyak_model.weight_files.reader import open_weights
 
-pytestmark = pytest.mark.without_keras
 HISTORY = "epoch,loss,val_loss\n0,3,0.5\n1,2,0.3\n2,1,0.4\n"
 
 
@@ -193,6 +192,7 @@ def run_process(folder, program, environment=None, **options):
     )
 
 
+@pytest.mark.processes
 def test_neither_keras_nor_tensorflow_is_imported(folder):
     program = (
         "import sys; from polyak_model.cli.app import main\n"
@@ -218,6 +218,7 @@ def run_on_a_terminal(folder, *arguments, **environment):
     return text.decode()
 
 
+@pytest.mark.processes
 def test_a_progress_bar_is_drawn_on_a_terminal_and_erased(folder):
     text = run_on_a_terminal(folder, "average", *FILES, *OUT)
     assert "Averaging" in text
@@ -226,6 +227,7 @@ def test_a_progress_bar_is_drawn_on_a_terminal_and_erased(folder):
     assert run_on_a_terminal(folder, "average", *FILES, *OUT, "--quiet") == "end"
 
 
+@pytest.mark.processes
 def test_the_progress_bar_has_no_colors_with_no_color(folder):
     colors = re.compile(r"\x1b\[[0-9;]*3[0-9]")
     assert colors.search(run_on_a_terminal(folder, "average", *FILES, *OUT, NO_COLOR=""))

@@ -119,6 +119,7 @@ def test_json_has_null_for_numbers_that_json_lacks(saved, run, tmp_path):
     assert {each["layer"]: each["relative"] for each in distances}["layers/dense"] is None
 
 
+@pytest.mark.processes
 def test_neither_keras_nor_tensorflow_is_imported(saved):
     program = (
         "import sys; from polyak_model.cli.app import main; code = main(sys.argv[1:]); "

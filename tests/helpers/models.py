@@ -26,6 +26,12 @@ def make_classifier(seed=1):
     )
 
 
+def make_net_of_every_size():
+    """Makes a net of 64 variables of one entry, then six of up to 150,000."""
+    units = [1] * 32 + [300, 300, 500]
+    return keras.Sequential([keras.Input((1,)), *map(layers.Dense, units)])
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class LazyClassifier(keras.Model):
     """A subclassed net, built when it first sees data."""

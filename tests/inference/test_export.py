@@ -19,6 +19,8 @@ from models import CROSSENTROPY, LazyClassifier, assert_identical
 from polyak_model import PolyakModel, UniformAverage
 from polyak_model.inference import export as shipping
 
+pytestmark = pytest.mark.processes
+
 ROUTES = ("average", "raw", "ensemble")
 # Other runtimes sum in another order: eight float32 roundings of probabilities, at most 1 each.
 OTHER_RUNTIME = 8 * np.finfo("float32").eps

@@ -20,7 +20,6 @@ def test_the_default_route_is_reported_first_and_once():
     assert routing.check_report(ROUTES, "ensemble") == ("ensemble", "average", "raw")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inference", ROUTES)
 def test_one_pass_reports_what_one_evaluation_of_each_route_does(inference, mode, batches):
     model = PolyakModel(

@@ -16,7 +16,7 @@ from polyak_model.saving.score_record import read_record
 WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "kill_worker.py"
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
 def test_training_killed_ten_times_ends_like_uninterrupted_training(tmp_path):
     subprocess.run([sys.executable, WORKER, tmp_path, "10", "0"], check=True, capture_output=True)

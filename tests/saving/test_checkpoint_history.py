@@ -10,8 +10,6 @@ import pytest
 from polyak_model.saving.checkpoint_history import CheckpointHistory, Position
 from polyak_model.saving.score_record import read_record, write_record
 
-pytestmark = pytest.mark.without_keras
-
 START = Position(0, 0, 0)
 
 

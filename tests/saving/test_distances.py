@@ -14,11 +14,6 @@ from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.training_state import split_variables
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Skips clearing the state of Keras, which is slow and not needed here."""
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with the files of a wrapper of each kind, and the wrappers."""

@@ -13,11 +13,6 @@ from polyak_model.weight_files.reader import open_weights
 ROUTES = [(kind, contents) for kind in KINDS for contents in CONTENTS]
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Skips clearing the state of Keras, which is slow and not needed here."""
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with wrappers and what was extracted from them, and the wrappers."""

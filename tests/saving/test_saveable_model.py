@@ -167,7 +167,7 @@ for save, path in ((model.save, sys.argv[1]), (model.save_weights, sys.argv[2]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_disk_that_fills_up_leaves_the_file_before_and_is_told(trained):
     paths = [trained / "model.keras", trained / "model.weights.h5"]
     before = [path.read_bytes() for path in paths]

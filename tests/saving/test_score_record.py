@@ -77,7 +77,6 @@ def test_whatever_is_wrong_with_a_file_it_has_no_record(tmp_path, name, write):
     assert read_record(tmp_path / name) == {}
 
 
-@pytest.mark.without_keras
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
 def test_damage_anywhere_in_a_file_raises_nothing(tmp_path, ending):
     path = WRITERS[ending](tmp_path / f"a{ending}")

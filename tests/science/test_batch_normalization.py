@@ -7,6 +7,8 @@ from models import assert_identical
 
 from polyak_model import PolyakModel, UniformAverage
 
+pytestmark = pytest.mark.benchmarks
+
 
 def test_copying_statistics_at_the_end_is_what_copying_them_all_along_comes_to(batches):
     def train(non_trainable):

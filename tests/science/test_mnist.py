@@ -9,7 +9,10 @@ from matplotlib.image import imread
 
 from polyak_model import PolyakModel, PowerAverage
 
-pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning")
+pytestmark = [
+    pytest.mark.benchmarks,
+    pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

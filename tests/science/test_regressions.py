@@ -16,7 +16,7 @@ import variance_law
 from polyak_model import ExponentialAverage, PolynomialAverage, UniformAverage, rescale_decay
 from polyak_model.rules import shares
 
-pytestmark = pytest.mark.without_keras
+pytestmark = pytest.mark.benchmarks
 
 PROBLEMS = [regressions.linear_regression(), regressions.logistic_regression()]
 BY_NAME = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)

@@ -108,7 +108,6 @@ def make_adapters():
     return compile_classifier(model)
 
 
-@pytest.mark.slow
 def test_lora_that_was_enabled_before_wrapping_is_averaged_and_merged_when_saved(tmp_path):
     kind = Kind(make_adapters, X, LABELS)
     bare, model = check_all_but_saving(kind)

@@ -99,7 +99,6 @@ def test_every_callback_alone_works_as_on_the_bare_model(name, batches, tmp_path
     assert_called_as_bare([name], batches, tmp_path, run_eagerly=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", [1, -1], ids=["in-order", "reversed"])
 def test_all_callbacks_together_work_as_on_the_bare_model(order, batches, tmp_path):
     names = [name for name in KINDS if name != "TensorBoard"][::order]

@@ -9,6 +9,8 @@ from object_graphs import assert_shares_nothing
 
 from polyak_model import PolyakModel, clone_model
 
+pytestmark = pytest.mark.zoo
+
 TOKENS = np.random.default_rng(0).integers(1, 20, size=(8, 6)).astype("int32")
 SIZES = {
     "vocabulary_size": 20,
@@ -44,7 +46,6 @@ LANGUAGE_MODEL = Kind(
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CLASSIFIER, LANGUAGE_MODEL])
 def test_a_model_of_keras_hub_trains_as_by_the_fit_of_keras_and_is_averaged(kind, tmp_path):
     wrapped = Trained(kind, wrap=True)
@@ -86,7 +87,6 @@ def test_a_copy_has_a_preprocessor_of_its_own():
     np.testing.assert_array_equal(clone.predict(texts, verbose=0), model.predict(texts, verbose=0))
 
 
-@pytest.mark.slow
 def test_the_average_of_a_language_model_generates():
     model = PolyakModel(make_language_model(), RULE)
     model.compile("adam", LOSS, sampler="greedy")

@@ -5,18 +5,13 @@ import pytest
 from kinds import Trained, check_kind, check_large_kind
 from model_zoo import APPLICATIONS, KINDS
 
-SLOW = {"recurrent", "stateful", "sparse", "nested-models"}
 
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in KINDS],
-)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_model_of_every_kind_trains_averages_answers_and_is_saved(name, tmp_path):
     check_kind(KINDS[name], tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("kind", APPLICATIONS.values(), ids=APPLICATIONS)
 def test_an_application_trains_averages_answers_and_is_saved(kind, tmp_path):
     check_large_kind(kind, tmp_path)

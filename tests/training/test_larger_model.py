@@ -93,7 +93,6 @@ def assert_average(rule, iterates, part, start=None):
     assert_close(expected, part.average_model.get_weights(), ulps=4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "mode"),
     [*((place, {}) for place in PLACES), *((in_two_branches, mode) for mode in OTHER_MODES)],

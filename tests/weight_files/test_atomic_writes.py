@@ -101,6 +101,7 @@ def write(path, ending):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal and no such locks")
 def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_is_not(path):
     with write(path, "killed") as process:

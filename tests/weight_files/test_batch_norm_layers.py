@@ -1,4 +1,3 @@
-import keras
 import numpy as np
 import pytest
 from weight_samples import CONFIG, write_hdf5, write_keras
@@ -12,27 +11,6 @@ def find(path):
         return find_batch_statistics(weights)
 
 
-class Held(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.first = keras.layers.Dense(2)
-        self.second = keras.layers.BatchNormalization()
-        self.blocks = [keras.layers.BatchNormalization(name="mine"), keras.layers.Dense(1)]
-
-    def call(self, inputs):
-        return self.blocks[1](self.blocks[0](self.second(self.first(inputs))))
-
-
-@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-def test_layers_of_keras_are_found_at_any_depth(tmp_path, ending):
-    model = Held()
-    model(np.zeros((2, 2)))
-    path = tmp_path / f"a{ending}"
-    (model.save if ending == ".keras" else model.save_weights)(path)
-    assert len(find(path)) == 2
-
-
-@pytest.mark.without_keras
 @pytest.mark.parametrize(
     ("group", "found"),
     [
@@ -49,7 +27,6 @@ def test_groups_are_recognized_by_their_names(tmp_path, group, found):
     assert find(path) == ([group] if found else [])
 
 
-@pytest.mark.without_keras
 @pytest.mark.parametrize("name", ["BatchNormalization", "SyncBatchNormalization"])
 def test_layers_are_recognized_by_their_class_in_a_config(tmp_path, name):
     layers = [{"class_name": name, "config": {"name": "bn"}}, {"class_name": "Dense"}]
@@ -58,7 +35,6 @@ def test_layers_are_recognized_by_their_class_in_a_config(tmp_path, name):
     assert find(write_keras(tmp_path / "b.keras")) == []
 
 
-@pytest.mark.without_keras
 @pytest.mark.parametrize("config", [None, 7, [], {"name": 3}])
 def test_a_malformed_config_does_no_harm(tmp_path, config):
     layers = [{"class_name": "BatchNormalization", "config": config}, {"class_name": []}, None]

@@ -7,8 +7,6 @@ from weight_samples import TENSORS, WRITERS, write_hdf5, write_keras, write_shar
 from polyak_model.checkpoints import average_files
 from polyak_model.errors import InputError
 
-pytestmark = pytest.mark.without_keras
-
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):

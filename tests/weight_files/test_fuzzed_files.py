@@ -9,10 +9,10 @@ import pytest
 import polyak_model
 from polyak_model.weight_files.reader import ENDINGS
 
-pytestmark = pytest.mark.without_keras
 FILES = 700
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ENDINGS)
 def test_a_damaged_file_is_averaged_or_refused_in_one_line(tmp_path, kind):
     """Without a traceback, a crash of HDF5 or a hang, and with nothing half written."""

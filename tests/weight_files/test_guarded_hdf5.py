@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from polyak_model.weight_files.hdf5 import GuardedFile
 
-pytestmark = pytest.mark.without_keras
-
 CONTENT = bytes(range(256))
 
 

@@ -6,8 +6,6 @@ from weight_samples import write_hdf5
 from polyak_model.errors import InputError
 from polyak_model.weight_files.reader import open_weights
 
-pytestmark = pytest.mark.without_keras
-
 ZEROS = {"shape": (3,), "dtype": "float32"}
 
 

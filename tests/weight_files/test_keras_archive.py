@@ -15,8 +15,6 @@ from polyak_model.weight_files.keras_archive import (
     read_json,
 )
 
-pytestmark = pytest.mark.without_keras
-
 COMPRESSIONS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 
 

@@ -19,7 +19,6 @@ from polyak_model.weight_files.npz import ArraysError, load_held_out, read_array
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.selection import choose_best
 
-pytestmark = pytest.mark.without_keras
 MEGABYTE = 2**20
 
 
@@ -104,6 +103,7 @@ assert grown < 300 * 1024, f"{{grown / 1024:.0f}} MB"
 """
 
 
+@pytest.mark.memory
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
 def test_unused_arrays_of_held_out_data_are_not_read(tmp_path):
     path = tmp_path / "data.npz"

@@ -8,7 +8,6 @@ import pytest
 from polyak_model.errors import InputError
 from polyak_model.weight_files.npz import ArraysError, load_held_out, read_arrays
 
-pytestmark = pytest.mark.without_keras
 EXAMPLE = "numpy.savez(file, x=x)"
 
 

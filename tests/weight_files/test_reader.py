@@ -1,4 +1,3 @@
-import inspect
 import json
 import os
 import pathlib
@@ -6,39 +5,12 @@ import subprocess
 import sys
 
 import h5py
-import keras
 import numpy as np
 import pytest
 from weight_samples import CONFIG, METADATA, TENSORS, WRITERS, write_hdf5, write_shards
 
 from polyak_model.errors import InputError
 from polyak_model.weight_files.reader import ENDINGS, find_kind, open_weights
-
-pytestmark = pytest.mark.without_keras
-
-
-@pytest.fixture(scope="module")
-def model():
-    layers = [
-        keras.Input((4,)),
-        keras.layers.Dense(3, name="first"),
-        keras.layers.BatchNormalization(),
-        keras.layers.Dropout(0.1),
-        keras.layers.Dense(2, dtype="bfloat16"),
-    ]
-    model = keras.Sequential(layers)
-    model.compile("adam", "mse")
-    model.optimizer.build(model.trainable_variables)
-    return model
-
-
-def save(model, path):
-    if path.name.endswith(".keras"):
-        model.save(path)
-    elif path.name.endswith(".json"):
-        model.save_weights(path, max_shard_size=1e-7)
-    else:
-        model.save_weights(path)
 
 
 def refused(path):
@@ -47,29 +19,6 @@ def refused(path):
     (line,) = str(caught.value).splitlines()
     assert line.isprintable()
     return line
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_every_variable_that_keras_saved_is_found_and_read(model, tmp_path, ending):
-    options = inspect.signature(model.save_weights).parameters
-    if ending == ".weights.json" and "max_shard_size" not in options:
-        pytest.skip("this Keras writes no shards")
-    path = tmp_path / f"model{ending}"
-    save(model, path)
-    with open_weights(path) as weights:
-        variables = weights.variables
-        for layer in model.layers:
-            group = next(n for n, a in weights.attributes.items() if a.get("name") == layer.name)
-            for n, expected in enumerate(layer.variables):
-                variable = variables.get(f"{group}/{n}")
-                if variable is not None:
-                    assert variable.dtype == expected.dtype
-                    assert variable.shape == tuple(expected.shape)
-                    np.testing.assert_array_equal(variable.read(), np.array(expected))
-        floats = [v for name, v in variables.items() if name.startswith("layers")]
-        assert sum(v.dtype != "uint32" for v in floats) == len(model.get_weights())
-        assert (weights.config is not None) == (ending == ".keras")
-        assert weights.kind == ending
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -102,6 +51,7 @@ def test_an_error_of_the_caller_is_not_reported_as_damage(tmp_path):
         raise KeyError("mine")
 
 
+@pytest.mark.processes
 def test_reading_imports_no_keras(tmp_path):
     write_hdf5(tmp_path / "a.weights.h5")
     program = (
@@ -237,23 +187,6 @@ def test_weights_in_the_layout_of_keras_2_are_refused_with_the_way_out(tmp_path,
     assert "it has the layout of Keras 2" in line
     assert "model.load_weights if it contains weights alone, and save the model as .keras" in line
     assert "damaged" not in line
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_in_the_layout_of_keras_2_is_refused_with_the_way_out(tmp_path, compiled):
-    layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.ReLU()]
-    legacy = keras.Sequential(layers)
-    if compiled:
-        legacy.compile("adam", "mse")
-    legacy.save(tmp_path / "a.h5")
-    (tmp_path / "a.h5").rename(tmp_path / "a.weights.h5")
-    line = refused(tmp_path / "a.weights.h5")
-    assert "it has the layout of Keras 2" in line
-    # The way out leads out.
-    (tmp_path / "a.weights.h5").rename(tmp_path / "a.h5")
-    keras.models.load_model(tmp_path / "a.h5", compile=False).save(tmp_path / "a.keras")
-    with open_weights(tmp_path / "a.keras") as weights:
-        assert len(weights.variables) == 2
 
 
 @pytest.mark.parametrize("name", ["run", "run.h5", "a.weights.h5", "a.keras", "a.npz"])

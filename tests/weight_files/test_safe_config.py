@@ -6,11 +6,6 @@ from polyak_model.weight_files.safe_config import check_config
 DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {"units": 1}}
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Skips clearing the state of Keras, which is slow and not needed here."""
-
-
 def is_function(module, name):
     return (module, name) in {("activations", "tanh"), ("ops", "cos")}
 

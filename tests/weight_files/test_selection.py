@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from polyak_model.errors import InputError
 from polyak_model.weight_files.selection import choose_best, choose_last, in_order, list_folder
 
-pytestmark = pytest.mark.without_keras
 HISTORY = "epoch,loss,val_loss\n0,3,0.5\n1,2,0.3\n2,1.5,NA\n3,1,0.4\n4,0.5,0.4\n"
 
 

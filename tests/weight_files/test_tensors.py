@@ -9,8 +9,6 @@ from weight_samples import write_hdf5
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.tensor import cut
 
-pytestmark = pytest.mark.without_keras
-
 
 @given(st.lists(st.integers(0, 7), max_size=4).map(tuple), st.integers(1, 60))
 def test_the_parts_concatenate_to_the_tensor_in_row_major_order(shape, size):

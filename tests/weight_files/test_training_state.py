@@ -1,6 +1,5 @@
 """Optimizers and metrics in weight files are recognized whatever their names."""
 
-import keras
 import numpy as np
 import pytest
 from weight_samples import write_hdf5
@@ -34,7 +33,6 @@ def write(folder, group, arrays):
     return write_hdf5(folder / "a.weights.h5", {"layers/dense/vars/0": KERNEL, **tensors})
 
 
-@pytest.mark.without_keras
 @pytest.mark.parametrize("arrays", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(
     "group", ["optimizer", "gen_opt", "opts/sgd", "layers/net/optimizer", "a/b/layers/net/updater"]
@@ -47,7 +45,6 @@ def test_an_optimizer_is_recognized_under_any_name(tmp_path, group, arrays):
     assert len(state) == len(arrays)
 
 
-@pytest.mark.without_keras
 @pytest.mark.parametrize("arrays", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("group", ["layers/optimizer", "layers/my_optimizer", "net_optimizer", "a"])
 def test_a_layer_is_not_taken_for_an_optimizer(tmp_path, group, arrays):
@@ -55,7 +52,6 @@ def test_a_layer_is_not_taken_for_an_optimizer(tmp_path, group, arrays):
         assert find_training_state(weights) == (set(), set())
 
 
-@pytest.mark.without_keras
 @pytest.mark.parametrize("arrays", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("group", ["layers/optimizer", "layers/net/layers/my_optimizer"])
 def test_a_child_of_layers_is_a_layer_whatever_its_variables(tmp_path, group, arrays):
@@ -63,7 +59,6 @@ def test_a_child_of_layers_is_a_layer_whatever_its_variables(tmp_path, group, ar
         assert find_training_state(weights) == (set(), set())
 
 
-@pytest.mark.without_keras
 def test_metrics_of_tf_keras_are_not_averaged(tmp_path):
     tensors = {
         "layers/metrics/vars/0": KERNEL,
@@ -77,61 +72,3 @@ def test_metrics_of_tf_keras_are_not_averaged(tmp_path):
     assert average_files(paths[::-1], tmp_path / "average.weights.h5") == result
     with open_weights(tmp_path / "average.weights.h5") as average:
         assert list(average.variables) == result.averaged
-
-
-class Adversarial(keras.Model):
-    """Two nets with optimizers in attributes, a dict and a nested list, and a layer so named."""
-
-    def __init__(self):
-        super().__init__()
-        self.generator = keras.layers.Dense(2)
-        self.dense_optimizer = keras.layers.Dense(2)
-        self.g_opt = keras.optimizers.Adam(name="whatever")
-        schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.9)
-        self.others = {
-            "d": keras.optimizers.SGD(0.1),
-            "more": [keras.optimizers.RMSprop(schedule), keras.optimizers.Adafactor()],
-        }
-
-    def call(self, inputs):
-        return self.dense_optimizer(self.generator(inputs))
-
-    def optimizers(self):
-        return [self.g_opt, self.others["d"], *self.others["more"]]
-
-
-def make_adversarial(seed):
-    keras.utils.set_random_seed(seed)
-    model = Adversarial()
-    model(np.ones((1, 3)))
-    model.compile("adam", "mse")
-    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
-    for optimizer in model.optimizers():
-        optimizer.build(model.trainable_variables)
-        optimizer.iterations.assign(seed)
-    return model
-
-
-def test_files_of_a_model_with_several_optimizers_are_averaged_without_their_state(tmp_path):
-    models = [make_adversarial(seed) for seed in (1, 3)]
-    paths = []
-    for n, model in enumerate(models):
-        paths.append(tmp_path / f"{n}.weights.h5")
-        model.save_weights(paths[-1])
-    result = average_files(paths, tmp_path / "average.weights.h5")
-    assert len(result.averaged) == len(models[0].weights)
-    assert result.copied == []
-    with open_weights(tmp_path / "average.weights.h5") as average:
-        assert sorted(average.variables) == sorted(result.averaged)
-    # Keras warns that the optimizers have no state, and loads the weights.
-    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
-        models[0].load_weights(tmp_path / "average.weights.h5")
-    loaded = read_weights(tmp_path / "average.weights.h5")
-    for weight, expected in zip(models[0].weights, loaded, strict=True):
-        np.testing.assert_array_equal(weight.numpy(), expected)
-
-
-def read_weights(path):
-    with open_weights(path) as weights:
-        groups = ("generator", "dense_optimizer")
-        return [weights.variables[f"{g}/vars/{n}"].read() for g in groups for n in range(2)]

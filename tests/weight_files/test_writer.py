@@ -6,8 +6,6 @@ from weight_samples import TENSORS, WRITERS, write_hdf5
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.writer import create_groups, create_variable, created_weights
 
-pytestmark = pytest.mark.without_keras
-
 
 @pytest.mark.parametrize("ending", [".weights.h5", ".keras"])
 def test_a_file_copied_tensor_by_tensor_is_the_same(tmp_path, ending):

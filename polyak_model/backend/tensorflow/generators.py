@@ -20,7 +20,7 @@ def unchanged_generators():
     what a user draws or creates next is what it would have been.
     """
     python, numpy = random.getstate(), np.random.get_state()
-    # TensorFlow creates it with the first seed that is set.
+    # TensorFlow has none before it is given a seed.
     tensorflow, variables = getattr(context.context(), "_rng", None), _generators()
     operations = tensorflow and tensorflow.getstate()
     values = [variable.numpy() for variable in variables.values()]
