@@ -13,6 +13,8 @@ from polyak_model.errors import InputError
 from polyak_model.weight_files.combine import combine, copy
 from polyak_model.weight_files.reader import open_weights
 
+NAME = "layers/dense/vars/0"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
