@@ -5,7 +5,6 @@ import typing
 
 import polyak_model
 from polyak_model.cli.checks import require
-from polyak_model.cli.tables import printable
 from polyak_model.errors import InputError
 
 NAME = "polyak-model"
@@ -24,7 +23,7 @@ def main(arguments=None):
     try:
         return _run(arguments)
     except InputError as error:
-        print(f"Error: {printable(str(error))}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 2
 
 

@@ -11,7 +11,7 @@ from polyak_model.cli.average_options import choose_files, choose_weights, join_
 from polyak_model.cli.checks import check_decay
 from polyak_model.cli.hints import abridge, refresh_hint
 from polyak_model.cli.progress import show_progress
-from polyak_model.cli.tables import printable
+from polyak_model.errors import printable
 
 
 class Command(TyperCommand):

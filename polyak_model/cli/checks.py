@@ -1,6 +1,5 @@
 """Checks that a command makes before it computes or writes anything."""
 
-import contextlib
 import importlib
 import os
 import pathlib
@@ -48,35 +47,6 @@ def check_decay(value):
     return value
 
 
-def check_output_file(output, endings, source=None):
-    """Checks that a file can be written, without writing it.
-
-    Args:
-        output: Its path, a `pathlib.Path`.
-        endings: Tuple of strings. The endings that its name may have.
-        source: Path of a file that must not be replaced. Defaults to None.
-
-    Raises:
-        InputError: If its name has another ending, or it cannot be written.
-    """
-    if not str(output).endswith(endings):
-        problem = "whose name has another ending"
-    elif not output.parent.is_dir():
-        problem = f"but there is no folder {str(output.parent)!r}"
-    elif not os.access(output.parent, os.W_OK):
-        problem = f"but {str(output.parent)!r} is not writable"
-    elif output.is_dir():
-        problem = "which is a folder"
-    elif source is not None and output.exists() and os.path.samefile(output, source):
-        problem = "which is the input file"
-    else:
-        return
-    raise InputError(
-        f"`--output` must be a {' or '.join(endings)} file to write. Received: {str(output)!r}, "
-        f"{problem}. Choose another, e.g. --output result{endings[0]}."
-    )
-
-
 def check_output_folder(folder):
     """Checks that a folder can be created or written to, without creating it.
 
@@ -114,12 +84,3 @@ def _folder_error(folder, problem):
         f"`--output` must be a folder to write to. Received: {str(folder)!r}, but {problem}. "
         "Choose another, e.g. --output polyak-demo."
     )
-
-
-@contextlib.contextmanager
-def write_errors_in_one_line():
-    """Turns a failure to write a file, such as a full disk, into an `InputError`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(str(error.strerror or error)) from error

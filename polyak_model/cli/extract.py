@@ -5,9 +5,9 @@ import typing
 
 import typer
 
-from polyak_model.cli.checks import check_output_file, write_errors_in_one_line
-from polyak_model.cli.tables import printable
+from polyak_model.errors import printable
 from polyak_model.saving import extraction
+from polyak_model.weight_files.output import check_output
 from polyak_model.weight_files.reader import find_kind, open_weights
 
 
@@ -42,8 +42,8 @@ def extract(
     # Only a .keras file contains the architecture.
     is_archive = find_kind(file) == ".keras"
     endings = (".keras", ".weights.h5") if is_archive else (".weights.h5",)
-    check_output_file(output, endings, source=file)
-    with open_weights(file) as weights, write_errors_in_one_line():
+    check_output(output, endings, sources=[file])
+    with open_weights(file) as weights:
         extraction.extract(weights, contents, output)
     if not quiet:
         print(f"Written: {printable(str(output))}")

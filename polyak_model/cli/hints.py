@@ -1,6 +1,6 @@
 """What to do after averaging, and lists of names that fit in a line."""
 
-from polyak_model.cli.tables import printable
+from polyak_model.errors import printable
 
 
 def abridge(names):

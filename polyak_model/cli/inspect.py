@@ -7,7 +7,8 @@ import typing
 
 import typer
 
-from polyak_model.cli.tables import print_table, printable
+from polyak_model.cli.tables import print_table
+from polyak_model.errors import printable
 from polyak_model.saving.distances import measure_distances, measure_total
 from polyak_model.saving.wrapper_reader import find_wrappers, read_rule, read_step
 from polyak_model.weight_files.reader import open_weights
@@ -143,4 +144,4 @@ def _format_rule(rule):
     if rule is None:
         return "not written in this file"
     settings = ", ".join(f"{name}={value}" for name, value in rule["config"].items())
-    return printable(in_one_line(f"{rule['class_name']}({settings})"))
+    return in_one_line(f"{rule['class_name']}({settings})")

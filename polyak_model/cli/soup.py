@@ -6,17 +6,16 @@ import typing
 
 import typer
 
-from polyak_model.cli.checks import check_output_file, write_errors_in_one_line
 from polyak_model.cli.hints import refresh_hint
 from polyak_model.cli.progress import show_progress
-from polyak_model.cli.tables import print_table, printable
-from polyak_model.errors import InputError
+from polyak_model.cli.tables import print_table
+from polyak_model.errors import InputError, printable
 from polyak_model.saving.wrapper_reader import check_plain
 from polyak_model.soups import greedy_soup
-from polyak_model.weight_files.atomic_write import atomic_file
 from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
 from polyak_model.weight_files.compatibility import check_alike, check_places
 from polyak_model.weight_files.npz import load_held_out
+from polyak_model.weight_files.output import check_output, writing
 from polyak_model.weight_files.reader import open_weights
 
 _ENDINGS = (".weights.h5", ".keras")
@@ -81,7 +80,7 @@ def soup(
     The candidates are tried in the order of their own scores. Each stays if the uniform average
     with it scores no worse than without it.
     """
-    check_output_file(output, _ENDINGS, source=model)
+    check_output(output, _ENDINGS, sources=[model])
     config, statistics = check_files(model, candidates, output)
     held_out = load_held_out(data)
 
@@ -92,7 +91,7 @@ def soup(
         scorer = Scorer(load_model(model, config), held_out, metric, batch_size)
         cooked = _cook(scorer, candidates, mode or _find_mode(scorer, metric), update)
         scorer.assign(cooked.weights)
-        with write_errors_in_one_line(), atomic_file(output) as partial:
+        with writing(output) as partial:
             scorer.save(partial)
     if not quiet:
         _report(cooked.trials, metric, cooked.score, statistics)

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from polyak_model.errors import printable
+
 # Wider than any table, so that no name is wrapped where a program may read it.
 _UNLIMITED = 2**16
 
@@ -64,17 +66,3 @@ def _make_table(header, rows, left):
         # A string would be parsed as markup, a text is not.
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
-
-
-def printable(text):
-    """Escapes characters that a terminal would execute rather than display.
-
-    Args:
-        text: A string.
-
-    Example:
-
-    >>> printable("größe"), printable("\\x1b[2J")
-    ('größe', '\\\\x1b[2J')
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -12,7 +12,6 @@ from polyak_model.weight_files.training_state import is_inside
 from polyak_model.weight_files.writer import create_groups, created_weights
 
 CONTENTS = ("average", "raw")
-_OPTIMIZER = "optimizer"
 # As in `average_model.save`: plain SGD has no state to lose, and Keras evaluates no model that was
 # saved without an optimizer.
 _SGD = {
@@ -46,14 +45,14 @@ def extract(weights, contents, output):
     if str(output).endswith(".keras"):
         config = _model_config(weights)
         compilation = config.get("compile_config", {})
-        if contents == "average" and _OPTIMIZER in compilation:
-            compilation[_OPTIMIZER] = _SGD
+        if contents == "average" and layout.OPTIMIZER in compilation:
+            compilation[layout.OPTIMIZER] = _SGD
             if "optimizer/inner_optimizer" in groups.values():
                 # Under mixed precision Keras would wrap it in a LossScaleOptimizer.
                 compilation["auto_scale_loss"] = False
             state = _SGD_STATE
             groups, names = (
-                {old: new for old, new in each.items() if not is_inside(new, {_OPTIMIZER})}
+                {old: new for old, new in each.items() if not is_inside(new, {layout.OPTIMIZER})}
                 for each in (groups, names)
             )
     size = sum(weights.variables[name].nbytes for name in names)

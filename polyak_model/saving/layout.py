@@ -29,6 +29,7 @@ import polyak_model
 FORMAT = 1
 AVERAGE = "average_model"
 LAYERS = "layers"
+OPTIMIZER = "optimizer"
 STATE = re.compile(r"shadow(_\d+)?")
 STEP = "0"
 DESCRIPTION = "description"

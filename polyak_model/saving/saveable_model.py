@@ -116,8 +116,9 @@ class SaveableModel(keras.Model):
                     layout.check_weights(description, self.raw_model.weights)
             except ValueError as error:
                 raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
-        # Keras loads no state into an optimizer that has none yet.
-        saved = [path for path in paths if path.startswith("layers/") and "/optimizer/" in path]
+        # The optimizer is in the group of the raw model. Keras loads no state into one without any.
+        place = [layout.LAYERS, layout.OPTIMIZER]
+        saved = [path for path in paths if path.split("/")[:3:2] == place]
         optimizer = self.optimizer if self.compiled else None
         if optimizer is not None and len(saved) > len(optimizer.variables):
             self._build_optimizer()

@@ -23,11 +23,12 @@ def check_kinds(paths, output):
             these files, or the output cannot be created.
     """
     kinds = {find_kind(path) for path in paths}
-    if str(output).endswith(".weights.json"):
-        raise _output_error(output, "shards are read but not written")
     check_output(output, (".weights.h5", ".keras"))
     if find_kind(output) == ".keras" and kinds != {".keras"}:
-        raise _output_error(output, "only .keras files contain the config of the model")
+        raise InputError(
+            f"Cannot write {str(output)!r}: only .keras files contain the config of the model. "
+            "Choose a name in .weights.h5."
+        )
 
 
 def check_places(files, output):
@@ -106,7 +107,3 @@ def _difference(first, other, problem):
         f"Cannot average {str(first.path)!r} with {str(other.path)!r}: {problem}. "
         "Name files of the same model."
     )
-
-
-def _output_error(output, problem):
-    return InputError(f"Cannot write {str(output)!r}: {problem}. Choose a name in .weights.h5.")

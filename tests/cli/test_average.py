@@ -2,6 +2,7 @@ import os
 import pathlib
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
@@ -210,9 +211,11 @@ def run_on_a_terminal(folder, *arguments, **environment):
     run_process(folder, program, stderr=stderr, stdout=subprocess.DEVNULL, environment=environment)
     os.write(stderr, b"end")
     os.close(stderr)
-    text = os.read(terminal, 10**5).decode()
+    text = b""
+    while not text.endswith(b"end"):  # A terminal returns a few kilobytes at a time.
+        text += os.read(terminal, 10**5)
     os.close(terminal)
-    return text
+    return text.decode()
 
 
 @pytest.mark.processes
@@ -234,6 +237,17 @@ def test_the_progress_bar_has_no_colors_with_no_color(folder):
 def test_quiet_prints_nothing(folder, capfd):
     averaged(*FILES, "--quiet")
     assert capfd.readouterr() == ("", "")
+
+
+def test_control_characters_in_paths_are_escaped(folder, capfd):
+    odd = shutil.copy(FILES[0], "\x1b[2J\n.weights.h5")
+    assert cli.main(["average", odd, *FILES[1:], *OUT]) == 0
+    assert cli.main(["average", FILES[0], FILES[1], "-o", odd]) == 0
+    assert cli.main(["average", odd, odd, *OUT]) == 2
+    output, complaint = capfd.readouterr()
+    assert output.count("\\x1b[2J\\n.weights.h5\n") == 2
+    assert "\\x1b[2J\\n.weights.h5'" in complaint
+    assert (output + complaint).replace("\n", "").isprintable()
 
 
 def test_the_help_shows_every_option():

@@ -67,12 +67,12 @@ def test_an_existing_file_is_replaced(run):
     ("arguments", "expected"),
     [
         (["wrapper.keras"], "Missing option '--output'"),
-        (["wrapper.keras", "-o", "out.h5"], "`--output` must be a .keras or .weights.h5 file"),
-        (["wrapper.weights.h5", "-o", "out.keras"], "`--output` must be a .weights.h5 file"),
-        (["wrapper.keras", "-o", "no/out.keras"], "but there is no folder 'no'. Choose another"),
-        (["wrapper.keras", "-o", "wrapper.keras"], "which is the input file"),
-        (["wrapper.keras", "-o", "./link.keras"], "which is the input file"),
-        (["wrapper.keras", "-o", "folder.keras"], "'folder.keras', which is a folder"),
+        (["wrapper.keras", "-o", "out.h5"], "must end in .keras or .weights.h5. Choose"),
+        (["wrapper.weights.h5", "-o", "out.keras"], "its name must end in .weights.h5. Choose"),
+        (["wrapper.keras", "-o", "no/out.keras"], "its folder does not exist"),
+        (["wrapper.keras", "-o", "wrapper.keras"], "it is one of the files to read"),
+        (["wrapper.keras", "-o", "./link.keras"], "it is one of the files to read"),
+        (["wrapper.keras", "-o", "folder"], "'folder': it is a folder"),
         (
             ["wrapper.keras", "-o", "a.keras", "--contents", "both"],
             "'both' is not one of 'average', 'raw'",
@@ -88,7 +88,7 @@ def test_an_existing_file_is_replaced(run):
 )
 def test_unusable_input_is_refused(refused, arguments, expected):
     os.symlink("wrapper.keras", "link.keras")
-    os.mkdir("folder.keras")
+    os.mkdir("folder")
     with h5py.File("plain.weights.h5", "w") as file:
         file["layers/dense/vars/0"] = 1.0
     content = pathlib.Path("wrapper.keras").read_bytes()
@@ -99,7 +99,7 @@ def test_unusable_input_is_refused(refused, arguments, expected):
 
 def test_a_folder_that_is_not_writable_is_refused(refused, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert "'.' is not writable" in refused("extract", "wrapper.keras", "-o", "out.keras")
+    assert "its folder is not writable" in refused("extract", "wrapper.keras", "-o", "out.keras")
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("full")])

@@ -91,6 +91,11 @@ def test_arrays_that_do_not_fit_are_refused_in_one_line(write, arrays, problem):
     check_refusal(write(**arrays), problem)
 
 
+def test_only_images_and_labels_are_read(write):
+    path = write(x=IMAGES, y=LABELS, names=np.array(["a", None]))
+    np.testing.assert_array_equal(load_images(path)[1], LABELS)
+
+
 def check_refusal(path, problem):
     with pytest.raises(InputError) as caught:
         load_images(path)

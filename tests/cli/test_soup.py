@@ -121,9 +121,10 @@ def test_the_batch_normalization_hint_is_printed_for_an_average_only(run):
             "'lambda.keras': it needs a layer Lambda",
         ),
         (["model.keras", "a.keras", *OPTIONS, "-o", "a.keras"], "'a.keras'"),
-        (["model.keras", "a.keras", *OPTIONS, "-o", "model.keras"], "which is the input file"),
-        (["model.keras", "a.keras", *OPTIONS, "-o", "out.h5"], "`--output` must be a .weights.h5"),
-        (["model.keras", "a.keras", *OPTIONS, "-o", "no/out.keras"], "there is no folder 'no'"),
+        (["model.keras", "a.keras", *OPTIONS, "-o", "model.keras"], "it is one of the files"),
+        (["model.keras", "a.keras", *OPTIONS, "-o", "out.h5"], "'out.h5': its name must end in"),
+        (["model.keras", "a.keras", *OPTIONS, "-o", "folder"], "'folder': it is a folder"),
+        (["model.keras", "a.keras", *OPTIONS, "-o", "no/out.keras"], "its folder does not exist"),
         (
             ["model.keras", "a.keras", *OPTIONS, "--mode", "best"],
             "'best' is not one of 'min', 'max'",
@@ -144,6 +145,7 @@ def test_the_batch_normalization_hint_is_printed_for_an_average_only(run):
     ],
 )
 def test_unusable_input_is_refused(refused, arguments, expected):
+    pathlib.Path("folder").mkdir()
     np.savez("odd.npz", x=X[:, :2], y=X @ TRUTH)
     model = make_line()
     model.set_weights([TRUTH + np.nan])

@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
         ("nowhere.weights.h5", OSError, "nowhere.weights.h5"),
         ("truncated-model.weights.h5", OSError, "Cannot use .*truncated-model.weights.h5': it is"),
         ("truncated-model.keras", OSError, "truncated-model.keras': it is a damaged .keras file"),
-        ("bare.weights.h5", ValueError, "bare.weights.h5' holds no average: .* plain model"),
+        ("bare.weights.h5", ValueError, "bare.weights.h5' contains no average: .* plain model"),
         ("newer.weights.h5", ValueError, "Cannot load .*newer.weights.h5'.* format 99, .* Upgrade"),
         ("newer.keras", ValueError, "Cannot load .*newer.keras'.* format 99, .* Upgrade"),
     ],
@@ -116,6 +116,20 @@ def test_weights_load_into_a_model_that_is_not_compiled(trained):
     model = PolyakModel(make_classifier(), compensated=True)
     model.load_weights(trained / "model.weights.h5")
     assert model.average_step == 2
+
+
+def test_an_optimizer_without_state_loads_beside_that_of_a_compiled_part(tmp_path):
+    models = []
+    for _ in range(2):
+        part = compile_classifier(make_classifier(), "adam")
+        part.optimizer.build(part.trainable_variables)
+        inner = keras.Sequential([keras.Input((6,)), part])
+        inner.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        models.append(PolyakModel(inner))
+    models[0].save_weights(tmp_path / "model.weights.h5")
+    models[1].load_weights(tmp_path / "model.weights.h5")
+    assert not models[1].optimizer.built
+    assert_identical(models[1].get_weights(), models[0].get_weights())
 
 
 def test_a_file_is_not_overwritten_when_the_user_declines(trained, tmp_path, monkeypatch):

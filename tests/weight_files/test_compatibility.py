@@ -39,19 +39,16 @@ def test_a_keras_file_comes_only_from_keras_files(refused, pair, tmp_path):
     assert "Choose a name in .weights.h5" in refused(mixed, "out.keras")
 
 
-def test_shards_are_not_written(refused, pair):
-    assert "shards are read but not written" in refused(pair, "out.weights.json")
-
-
-@pytest.mark.parametrize("output", ["out.h5", "out", "out.npz"])
+@pytest.mark.parametrize("output", ["out.h5", "out", "out.npz", "out.weights.json"])
 def test_an_output_with_another_ending_is_refused(refused, pair, output):
     assert "its name must end in .weights.h5 or .keras" in refused(pair, output)
 
 
 def test_an_output_that_cannot_be_created_is_refused(refused, pair, tmp_path):
     assert "its folder does not exist" in refused(pair, "nowhere/out.weights.h5")
-    (tmp_path / "folder.weights.h5").mkdir()
-    assert "it is a folder" in refused(pair, "folder.weights.h5")
+    for folder in ("folder", "folder.weights.h5", "folder.weights.json"):
+        (tmp_path / folder).mkdir()
+        assert f"{folder}': it is a folder" in refused(pair, folder)
     assert "Cannot write" in refused(pair, "a" * 300 + ".weights.h5")
 
 

@@ -8,16 +8,11 @@ import typing
 
 import typer
 
-from polyak_model.cli.checks import (
-    check_decay,
-    check_output_folder,
-    make_output_folder,
-    require,
-)
+from polyak_model.cli.checks import check_decay, check_output_folder, make_output_folder, require
 from polyak_model.cli.demo import experiment
 from polyak_model.cli.demo.images import load_images
-from polyak_model.cli.tables import print_table, printable
-from polyak_model.errors import InputError
+from polyak_model.cli.tables import print_table
+from polyak_model.errors import InputError, printable
 
 
 def check_learning_rate(value):

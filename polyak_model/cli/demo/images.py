@@ -40,8 +40,8 @@ def load_images(path=None):
 
 def _read(path):
     try:
-        arrays = read_arrays(path, _EXAMPLE)
-        _check(arrays)
+        arrays = read_arrays(path, _EXAMPLE, _choose)
+        _check(**arrays)
     except ArraysError as error:
         raise InputError(
             "`--data` must be an .npz file with images `x`, shape (n, height, width) or "
@@ -51,15 +51,17 @@ def _read(path):
     return arrays["x"], arrays["y"]
 
 
-def _check(arrays):
-    missing = [f"`{name}`" for name in ("x", "y") if name not in arrays]
+def _choose(names):
+    missing = [f"`{name}`" for name in ("x", "y") if name not in names]
     if missing:
         raise ArraysError(
-            f"which has no {' and no '.join(missing)}, only {sorted(arrays)}",
+            f"which has no {' and no '.join(missing)}, only {sorted(names)}",
             f"Name the arrays: {_EXAMPLE}",
         )
-    # A member of the archive that is not an array is read as bytes.
-    x, y = np.asarray(arrays["x"]), np.asarray(arrays["y"])
+    return ["x", "y"]
+
+
+def _check(x, y):
     if x.ndim not in (3, 4) or 0 in x.shape[1:]:
         raise ArraysError(f"where `x` has shape {x.shape}", "Reshape `x`")
     if x.dtype.kind not in "buif":
