@@ -40,9 +40,10 @@ NEVER_QUICK = {"backend", "benchmarks", "science", "training"} | {
     "test_notebooks.py",
     "test_routed_model.py",
     "test_scoring.py",
+    "test_shadow.py",
     "test_soup.py",
 }
-QUICK_RULES = [closed_forms.RULES[name] for name in ("debiased", "biased", "late-and-rare")]
+QUICK_RULES = [closed_forms.RULES[name] for name in ("debiased", "late-and-rare")]
 
 # Helpers have no doctests.
 collect_ignore = ["helpers"]
