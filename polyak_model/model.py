@@ -482,4 +482,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         for name in ("model", "average", "combine", "clone_function"):
             if isinstance(config[name], dict):
                 config[name] = deserialize(config[name])
-        return cls(**config)
+        clone_function = config["clone_function"]
+        if clone_function:
+            config["clone_function"] = cloning.matching(config["model"], clone_function)
+        wrapper = cls(**config)
+        vars(wrapper)["clone_function"] = clone_function  # As it was passed by the user.
+        return wrapper

@@ -35,6 +35,12 @@ def check_disjoint(model, clone):
             )
 
 
+def have_same_weights(model, clone):
+    """Returns whether two models have weights of the same shapes and dtypes, in the same order."""
+    one, other = ([(tuple(w.shape), w.dtype) for w in m.weights] for m in (model, clone))
+    return one == other
+
+
 def pair_weights(model, clone):
     """Pairs the weights of a model with those of its clone.
 

@@ -8,10 +8,14 @@ import warnings
 import keras
 
 from polyak_model import backend
-from polyak_model.average.clone_check import check_disjoint
+from polyak_model.average.clone_check import check_disjoint, have_same_weights
 from polyak_model.average.copier import CannotCopyError, Copier
 from polyak_model.backend import structure
-from polyak_model.backend.keras_internals import build_on_placeholders, flatten_layers
+from polyak_model.backend.keras_internals import (
+    build_on_placeholders,
+    flatten_layers,
+    trusting_files,
+)
 
 
 def clone_model(model, clone_function=None):
@@ -53,6 +57,31 @@ def clone_model(model, clone_function=None):
             f"`model`. Received: {clone!r}, from clone_function={clone_function!r}."
         )
     check_disjoint(model, clone)
+    return clone
+
+
+def matching(model, clone_function):
+    """Makes a clone function return clones of a model that was loaded from a file.
+
+    The config in a file lacks what was done to parts of layers, such as LoRA
+    inside of attention, so the loaded model lacks it, too, and the clones of
+    `clone_function` may not.
+
+    Args:
+        model: A `keras.Model`.
+        clone_function: `() -> keras.Model`.
+
+    Returns:
+        A function that returns a copy of `model` where what `clone_function`
+        returns has other weights.
+    """
+
+    def clone():
+        made = clone_function()
+        if not isinstance(made, keras.Model) or not has_weights(model):
+            return made
+        return made if have_same_weights(model, made) else _copy(Copier(), model)
+
     return clone
 
 
@@ -115,9 +144,13 @@ def copy_outside_weights(model, clone):
     for layer, copy in _pair_layers(model, clone):
         if hasattr(layer, "save_assets") and not _is_empty_table(layer):
             with tempfile.TemporaryDirectory() as folder:
-                layer.save_assets(folder)
+                try:
+                    layer.save_assets(folder)
+                except (AttributeError, TypeError, ValueError):
+                    continue  # A tokenizer that is about to be loaded has no vocabulary to save.
                 if os.listdir(folder):
-                    copy.load_assets(folder)
+                    with trusting_files():  # They were written above.
+                        copy.load_assets(folder)
         if isinstance(copy, keras.layers.Normalization) and copy.built:
             copy.finalize_state()
 

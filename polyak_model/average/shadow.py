@@ -200,12 +200,27 @@ class Shadow(keras.layers.Layer):
 
     def load_own_variables(self, store):
         names = set(store.keys())
-        super().load_own_variables({name: store[name] for name in names if name.isdigit()})
-        if layout.DESCRIPTION in names:
-            self.run = layout.decode(store[layout.DESCRIPTION])["run"]
+        described = layout.decode(store[layout.DESCRIPTION]) if layout.DESCRIPTION in names else {}
+        self.run = described.get("run", self.run)
+        weights = self.pairing.raw_model.weights if self.started else ()
+        if not described or layout.has_same_weights(described, weights):
+            super().load_own_variables({name: store[name] for name in names if name.isdigit()})
+            merged = [p for p in self._pairs_with_master() if not _is_rounded(p.master, p.average)]
+        else:
+            self.step.assign(store[layout.STEP])
+            self.detector.stop()
+            merged = self.pairing.averaged
+        # Keras merges LoRA into the kernels of a file, but not into the state in this group.
+        for p in merged:
+            p.target.assign(p.average)
+        _forget_residuals(merged)
         for index, seed in enumerate(self._seeds() if self.started else ()):
             if layout.seed_name(index) in names:
                 seed.assign(store[layout.seed_name(index)])
+
+    def _pairs_with_master(self):
+        pairs = self.pairing.averaged if self.started else ()
+        return [p for p in pairs if p.master is not None]
 
     def _seeds(self):
         models = (self.pairing.raw_model, self.model)
@@ -217,6 +232,10 @@ def _move(pairing, weight):
     backend.assign(pairing.from_masters(), weight)
     backend.update(pairing.mirrored, ops.cast(weight > 0, "float64"))
     backend.assign([(p.average, p.raw) for p in pairing.copied], weight)
+
+
+def _is_rounded(master, average):
+    return bool(ops.all(ops.cast(master, average.dtype) == average))
 
 
 def _forget_residuals(pairs):

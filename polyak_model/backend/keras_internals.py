@@ -12,6 +12,7 @@ import keras
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models import Functional
+from keras.src.saving.serialization_lib import SafeModeScope
 
 __all__ = [
     "BuildHook",
@@ -32,6 +33,7 @@ __all__ = [
     "penalties",
     "report_penalties",
     "seed_states",
+    "trusting_files",
     "untrained_weights",
 ]
 
@@ -226,3 +228,8 @@ def penalties():
         yield
     finally:
         _penalizing.reset(token)
+
+
+def trusting_files():
+    """While open, layers load assets from any place, also while Keras loads a model."""
+    return SafeModeScope(False)

@@ -160,8 +160,22 @@ def check_format(number, version="of a later date"):
         )
 
 
+def has_same_weights(description, weights):
+    """Returns whether a file describes weights of the same shapes, in the same order.
+
+    Args:
+        description: A dict returned by `decode`.
+        weights: The weights of the raw model.
+    """
+    described = [tuple(shape) for _, shape, _ in description["weights"]]
+    return described == [tuple(weight.shape) for weight in weights]
+
+
 def check_weights(description, weights):
     """Checks that a file describes a model of the same architecture.
+
+    LoRA is no part of it: Keras merges it into the kernels of a file, and loads
+    them into a model with LoRA or without.
 
     Args:
         description: A dict returned by `decode`.
@@ -170,7 +184,8 @@ def check_weights(description, weights):
     Raises:
         ValueError: If the shapes or the number of weights differ.
     """
-    described = description["weights"]
+    described = [entry for entry in description["weights"] if not _belongs_to_lora(entry[0])]
+    weights = [weight for weight in weights if not _belongs_to_lora(weight.path)]
     for (path, shape, _), weight in zip(described, weights, strict=False):
         if tuple(shape) != tuple(weight.shape):
             raise ValueError(
@@ -186,3 +201,7 @@ def check_weights(description, weights):
             f"{sum(math.prod(weight.shape) for weight in weights):,}. Build the model as it was "
             "when it was saved."
         )
+
+
+def _belongs_to_lora(path):
+    return path.rpartition("/")[2].startswith("lora_")

@@ -22,6 +22,7 @@ MODULES = [
     "keras.src.ops.node.Node",
     "keras.src.ops.operation.Operation",
     "keras.src.saving.keras_saveable.KerasSaveable",
+    "keras.src.saving.serialization_lib.SafeModeScope",
     "keras.src.trainers.trainer.Trainer",
     "keras.src.utils.tracking.DotNotTrackScope",
     "keras.src.utils.tracking.Tracker",
