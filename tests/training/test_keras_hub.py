@@ -103,16 +103,15 @@ def test_texts_train_and_are_scored_as_by_the_bare_task():
     expected = bare.evaluate(TEXTS, labels, verbose=0)
     for using in ("average", "raw", "ensemble"):
         assert model.evaluate(TEXTS, labels, verbose=0, using=using) == expected
-        np.testing.assert_array_equal(
-            model.predict(TEXTS, verbose=0, using=using), bare.predict(TEXTS, verbose=0)
-        )
+        received = model.predict(TEXTS, verbose=0, using=using)
+        np.testing.assert_allclose(received, bare.predict(TEXTS, verbose=0), rtol=1e-6)
 
 
 def test_a_model_that_reads_texts_loads_with_its_vocabularies(tmp_path):
     model = PolyakModel(make_reader_of_texts())
     model.update_average()
     model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
     for route in ("average", "raw"):
         np.testing.assert_array_equal(
             loaded.predict(TEXTS, verbose=0, using=route),
@@ -124,7 +123,7 @@ def test_a_model_that_reads_texts_loads_with_its_vocabularies(tmp_path):
 def test_the_average_of_a_language_model_generates():
     model = PolyakModel(make_language_model(), RULE)
     model.compile("adam", LOSS, sampler="greedy")
-    model.fit(PROMPT, LANGUAGE_MODEL.y, batch_size=2, epochs=2, verbose=0)
+    model.fit(PROMPT, LANGUAGE_MODEL.y, batch_size=2, epochs=2, shuffle=False, verbose=0)
     assert np.isfinite(model.evaluate(PROMPT, LANGUAGE_MODEL.y, verbose=0)).all()
     prompt = {"token_ids": TOKENS[:2].copy(), "padding_mask": np.ones((2, 6), "int32")}
     prompt["token_ids"][:, 3:] = 0
