@@ -428,6 +428,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         )
 
     def _train_batch(self, data):
+        has_call = keras_internals.has_call(self.raw_model)
+        if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
+            backend.build_by_step(self.raw_model, data)
         self._start_on_batch(data)
         check_counts_steps(self.raw_model)
         before = backend.optimizer_step(self.raw_model)
