@@ -364,20 +364,20 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         with backend.strategy_scope(self):
             if not cloning.has_weights(self.raw_model):
                 cloning.build_on(self.raw_model, inputs, batch)
-            if not cloning.has_weights(self.shadow.model):
-                with backend.device(self.shadow.device):
-                    if self.clone_function is None:
-                        cloning.complete_clone(self.raw_model, self.shadow.model)
-                    else:
-                        with backend.unchanged_generators():
-                            cloning.build_on(self.shadow.model, inputs, batch)
-        self._start(inputs)
+        self._start(inputs, batch)
 
     def _start_if_built(self):
         if not self.shadow.started and cloning.has_weights(self.raw_model):
             self._start(clone_check.input_specs(self.raw_model))
 
-    def _start(self, inputs):
+    def _start(self, inputs, batch=None):
+        if not cloning.has_weights(self.shadow.model):
+            with backend.strategy_scope(self), backend.device(self.shadow.device):
+                if self.clone_function is None:
+                    cloning.complete_clone(self.raw_model, self.shadow.model)
+                else:
+                    with backend.unchanged_generators():
+                        cloning.build_on(self.shadow.model, inputs, batch)
         self.shadow.start(self.raw_model, inputs)
         self.built = True
 
@@ -428,6 +428,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         )
 
     def _train_batch(self, data):
+        has_call = keras_internals.has_call(self.raw_model)
+        if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
+            backend.build_by_step(self.raw_model, data)
         self._start_on_batch(data)
         check_counts_steps(self.raw_model)
         before = backend.optimizer_step(self.raw_model)

@@ -107,7 +107,7 @@ def _check_weights(model, paired, role):
             f"The {role} model '{model.name}' must keep the weights that it had when it was "
             f"wrapped. Expected: {len(expected)} weights. Received: {len(model.weights)}, of which "
             f"new are {gained[:3]}. Make the change (enable LoRA, quantize, build all layers) "
-            "first, then wrap the model."
+            "first, then wrap the model; or change a copy for serving, clone_model(model)."
         )
 
 

@@ -19,6 +19,7 @@ MODULES = {
         "PredictionStep",
         "Trainer",
         "TrainingStep",
+        "build_by_step",
         "call_step",
         "may_skip_steps",
         "optimizer_step",
@@ -189,6 +190,15 @@ def score(
         y: Targets of the batch.
         sample_weight: Sample weights of the batch, or None.
         outputs: The outputs to score.
+    """
+
+
+def build_by_step(model: keras.Model, batch: Nested) -> None:
+    """Creates the weights of a model as its first training step does, and takes no step.
+
+    Args:
+        model: A compiled `keras.Model` that has no `call`.
+        batch: What its `train_step` takes: tensors, arrays and None.
     """
 
 

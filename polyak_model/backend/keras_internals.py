@@ -24,6 +24,7 @@ __all__ = [
     "compile_arguments",
     "flatten_layers",
     "forward",
+    "has_call",
     "in_stateless_scope",
     "is_functional",
     "lacks_metrics",
@@ -77,6 +78,11 @@ def build_on_placeholders(model, inputs):
             them.
     """
     compute_output_spec(lambda x: forward(model, x), inputs)
+
+
+def has_call(model):
+    """Returns whether a model can be called; one whose steps use only its parts need not."""
+    return is_functional(model) or type(model).call is not keras.Model.call
 
 
 def is_functional(model):

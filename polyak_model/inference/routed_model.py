@@ -8,6 +8,7 @@ from keras import tree
 
 from polyak_model.backend import keras_internals
 from polyak_model.inference import export, router
+from polyak_model.inference.own_methods import given, redirected
 from polyak_model.saving.saveable_model import SaveableModel
 
 # The wrapper and the model of the `evaluate` or `predict` that runs in this context, for the
@@ -51,6 +52,12 @@ class RoutedModel(SaveableModel):
 
     def _predicting(self, using):
         return self.inference if using is None else router.check_route("using", using)
+
+    def _method(self, model, name):
+        # The raw and the average model have the methods of the user's class; joint models do not.
+        if type(model) is type(self._router.raw):
+            return getattr(model, name)
+        return redirected(self._router.raw, name, getattr(model, name))
 
     def _evaluator(self, method, using):
         self._check_compiled(method)
@@ -160,18 +167,27 @@ class RoutedModel(SaveableModel):
             self._check_compiled("fit")
             self._router.check_scores(self._reported(None))
         with self._train(), self._backups.watched(callbacks):
-            return super().fit(
-                x,
-                y,
-                batch_size,
-                epochs,
-                verbose,
-                callbacks,
-                validation_split,
-                validation_data,
-                *args,
-                **kwargs,
+            values = (x, y, batch_size, epochs, verbose, callbacks, validation_split)
+            values += (validation_data, *args)
+            return self._fit(super().fit, given("fit", *values, **kwargs))
+
+    def _fit(self, fit, arguments):
+        called = []
+
+        def fit_and_average(*args, **kwargs):
+            called.append(True)
+            return fit(*args, **kwargs)
+
+        raw = self._router.raw
+        history = redirected(raw, "fit", fit_and_average)(**arguments)
+        if not called:
+            raise ValueError(
+                f"`{type(raw).__name__}.fit` must train by `super().fit()`, so that the average "
+                "follows. Received: a `fit` that returned without calling it; what it trained has "
+                "not been averaged. Move the loop into `train_step`, or write it outside of the "
+                "model and call model.update_average() after each step."
             )
+        return history
 
     def evaluate(
         self,
@@ -221,17 +237,9 @@ class RoutedModel(SaveableModel):
             self._run(model),
             keras_internals.lent_validation_data(self, model) if lent else contextlib.nullcontext(),
         ):
-            return model.evaluate(
-                x=x,
-                y=y,
-                batch_size=batch_size,
-                verbose=verbose,
-                sample_weight=sample_weight,
-                steps=steps,
-                callbacks=_shown(self, callbacks),
-                return_dict=return_dict,
-                **kwargs,
-            )
+            values = (x, y, batch_size, verbose, sample_weight, steps, _shown(self, callbacks))
+            arguments = given("evaluate", *values, return_dict, **kwargs)
+            return self._method(model, "evaluate")(**arguments)
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None, using=None):
         """Predicts through a route.
@@ -257,30 +265,28 @@ class RoutedModel(SaveableModel):
         _check_callbacks(callbacks)
         model = self._router.predictor(self._predicting(using))
         with self._run(model):
-            return model.predict(
-                x,
-                batch_size=batch_size,
-                verbose=verbose,
-                steps=steps,
-                callbacks=_shown(self, callbacks),
-            )
+            arguments = given("predict", x, batch_size, verbose, steps, _shown(self, callbacks))
+            return self._method(model, "predict")(**arguments)
 
     def train_on_batch(self, *args, **kwargs):
         """Trains on one batch, as `keras.Model.train_on_batch` does."""
         with self._train():
-            return super().train_on_batch(*args, **kwargs)
+            train = redirected(self._router.raw, "train_on_batch", super().train_on_batch)
+            return train(*args, **kwargs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False, using=None):
         """Evaluates one batch; see `evaluate` for `using`."""
         model = self._evaluator("test_on_batch", using)
         with self._run(model):
-            return model.test_on_batch(x, y=y, sample_weight=sample_weight, return_dict=return_dict)
+            return self._method(model, "test_on_batch")(
+                x, y=y, sample_weight=sample_weight, return_dict=return_dict
+            )
 
     def predict_on_batch(self, x, using=None):
         """Predicts one batch; see `predict` for `using`."""
         model = self._router.predictor(self._predicting(using))
         with self._run(model):
-            return model.predict_on_batch(x)
+            return self._method(model, "predict_on_batch")(x)
 
     def export(
         self,

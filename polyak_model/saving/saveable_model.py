@@ -50,6 +50,11 @@ class SaveableModel(keras.Model):
             with atomic_file(filepath, size_in_file(self)) as partial:
                 save(partial, **kwargs)
 
+    def save_own_variables(self, store):
+        # Also as a part of a larger model, which Keras saves.
+        self.shadow.catch_up()
+        super().save_own_variables(store)
+
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """Saves the weights of both models, the optimizer and the step, in `.weights.h5`.
 

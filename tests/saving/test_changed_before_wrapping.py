@@ -103,3 +103,12 @@ def test_a_quantized_model_is_averaged_and_loads(mode, tmp_path):
     fresh = PolyakModel(make_quantized(mode), 0.5)
     fresh.load_weights(tmp_path / "model.weights.h5")
     assert_same_predictions(fresh, model)
+
+
+@pytest.mark.parametrize("part", ["raw_model", "average_model"])
+def test_a_larger_model_whose_part_was_quantized_after_wrapping_is_not_saved(part, tmp_path):
+    model = PolyakModel(make_plain(attention=False))
+    outer = keras.Sequential([keras.Input((6, 4)), model])
+    getattr(model, part).get_layer("hidden").quantize("int8")
+    with pytest.raises(ValueError, match="must keep the weights .* clone_model"):
+        outer.save(tmp_path / "outer.keras")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from custom_steps import Adversaries, Autoencoder, Denoiser
 
-from polyak_model import PolyakModel, UniformAverage
+from polyak_model import ExponentialAverage, PolyakModel, UniformAverage
 
 
 def compile_adversaries(model):
@@ -138,3 +138,46 @@ def test_a_model_that_compiles_itself_is_averaged_with_the_loss_it_was_given(bat
     average = model.evaluate(x, y, verbose=0, return_dict=True)
     assert average == raw
     assert average["loss"] != average["mse"]
+
+
+class BuiltByItsStep(keras.Model):
+    """A model without `call`, whose part creates its weights in the first training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = keras.layers.Dense(3)
+
+    def train_step(self, x):
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean((self.network(x) - x) ** 2)
+        weights = self.network.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("eagerly", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_a_model_that_its_first_step_builds_is_averaged_from_the_first_step_on(debias, eagerly):
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    kernels = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(2)
+        raw = BuiltByItsStep()
+        model = PolyakModel(raw, ExponentialAverage(0.5, debias=debias)) if wrap else raw
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=eagerly)
+        recorder = Recorder(raw)
+        model.fit(x, batch_size=8, shuffle=False, verbose=0, callbacks=[recorder])
+        kernels.append(recorder.iterates)
+    np.testing.assert_array_equal(kernels[1][-1][0], kernels[0][-1][0])
+    assert model.average_step == 2
+    first, last = kernels[1][0][0], kernels[1][1][0]
+    if debias:
+        expected = (first + 2 * last) / 3
+    else:
+        keras.utils.set_random_seed(2)
+        unstepped = BuiltByItsStep()
+        unstepped.network.build((None, 3))
+        expected = unstepped.network.kernel / 4 + first / 4 + last / 2
+    np.testing.assert_allclose(model.average_model.get_weights()[0], expected, rtol=1e-5)

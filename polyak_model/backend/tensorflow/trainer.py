@@ -6,12 +6,14 @@ from keras import tree
 
 from polyak_model.backend.common import may_skip_steps, stepping_optimizers
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
+from polyak_model.backend.tensorflow.tracing import outside_trace
 
 __all__ = [
     "EvaluationStep",
     "PredictionStep",
     "Trainer",
     "TrainingStep",
+    "build_by_step",
     "call_step",
     "may_skip_steps",
     "optimizer_step",
@@ -60,16 +62,28 @@ def score(model, x, y, sample_weight, outputs):
     return model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
 
 
-def rehearse(function, batch, variables):
-    def specification(leaf):
-        return None if leaf is None else tf.type_spec_from_value(tf.convert_to_tensor(leaf))
+def _specification(leaf):
+    return None if leaf is None else tf.type_spec_from_value(tf.convert_to_tensor(leaf))
 
+
+def build_by_step(model, batch):
+    specifications = tree.map_structure(_specification, batch)
+
+    def step(batch):
+        model.train_step(batch)
+
+    # `tf.init_scope` would leave the trace, too, but it disables gradients.
+    function = tf.function(step, autograph=False)
+    outside_trace(lambda: function.get_concrete_function(specifications))
+
+
+def rehearse(function, batch, variables):
     def call(batch):
         function(batch)
 
     state = [(variable, tf.convert_to_tensor(variable)) for variable in variables]
     with keras.StatelessScope(state_mapping=state):
-        specifications = tree.map_structure(specification, batch)
+        specifications = tree.map_structure(_specification, batch)
         tf.function(call, autograph=False).get_concrete_function(specifications)
 
 
