@@ -340,7 +340,7 @@ def test_a_failing_export_leaves_what_was_there(tmp_path, error):
 
 def test_a_folder_that_holds_something_else_is_refused_before_the_export(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="'thesis.txt' for instance.*folder of its own"):
+    with pytest.raises(FileExistsError, match="for instance 'thesis.txt'.*folder of its own"):
         shipping.export(Exporter(AssertionError()), tmp_path, "tf_saved_model")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

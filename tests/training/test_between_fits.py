@@ -143,10 +143,8 @@ def make_without_config():
     return classifier(Scaled(lambda x: 3 * keras.ops.tanh(x)))
 
 
-def test_a_model_without_config_trains_through_a_clone_function_and_keeps_its_weights(tmp_path):
-    with pytest.raises(ValueError, match="pass `clone_function`"):
-        PolyakModel(make_without_config())
-    arguments = {"clone_function": make_without_config}
+@pytest.mark.parametrize("arguments", [{}, {"clone_function": make_without_config}])
+def test_a_model_without_config_trains_and_keeps_its_weights(arguments, tmp_path):
     kind = Kind(make_without_config, X, LABELS, arguments=arguments)
     bare, model = check_all_but_saving(kind)
     # Keras saves no such model whole, wrapped or bare.

@@ -41,10 +41,12 @@ def track_copies(old, new, copier):
         new: Its copy.
         copier: The copier that has copied everything else.
     """
+    shared = set(map(id, vars(new).values()))
     with DotNotTrackScope():  # Keras would track the references in their turn.
         for name, ref in vars(old).get(_DEPENDENCIES, ()):
-            for copy in copier.known([ref]):
-                new._track_trackable(copy, name=name, overwrite=True)
+            # Of a constant table, which export needs to find, there is no copy.
+            for kept in [ref] if id(ref) in shared else copier.known([ref]):
+                new._track_trackable(kept, name=name, overwrite=True)
 
 
 def is_shared(value):
