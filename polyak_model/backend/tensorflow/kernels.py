@@ -8,13 +8,12 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 def updated(c, w, a):
     """Returns `a + c * (w - a)`, as a tuple of one."""
-    moved = a + c * (w - a)
-    if tf.executing_eagerly() and c != 1 and tf.reduce_all(tf.math.is_finite(moved)):
-        return (moved,)  # The result is the same without the operations below.
-    # Where the difference overflows, `a` and `w` have opposite signs, and this cannot overflow.
-    moved = tf.where(tf.math.is_finite(moved), moved, (1 - c) * a + c * w)
-    moved = tf.where(c == 1, w, moved)
-    return (tf.where(tf.math.is_finite(w), moved, a),)
+    w = tf.where(tf.math.is_finite(w), w, a)
+    # Half of a difference never overflows, and halving is exact. From the nearer end the step is
+    # at most half of the difference, so it does not overflow either.
+    half, near = 0.5 * w - 0.5 * a, c <= 0.5
+    moved = tf.where(near, a, w) + tf.where(near, 2 * c, 2 * (c - 1)) * half
+    return (tf.where(c == 1, w, moved),)
 
 
 def updated_compensated(c, w, a, r):
