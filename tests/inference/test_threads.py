@@ -85,29 +85,34 @@ def test_penalties_of_the_average_do_not_leak_into_its_own_evaluation(batches):
     assert not any(weight.trainable for weight in model.average_model.weights)
 
 
+def fit_beside(action, batches, start_step=0):
+    """Fits a model while another thread repeats an action; returns the history and the model."""
+    keras.utils.set_random_seed(3)
+    model = PolyakModel(compile_classifier(make_classifier()), UniformAverage(start_step))
+    done = threading.Event()
+
+    def repeat():
+        while action and not done.is_set():
+            action(model)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        beside = thread.submit(repeat)
+        try:
+            history = model.fit(*batches, batch_size=4, epochs=4, verbose=0).history
+        finally:
+            done.set()
+        beside.result()
+    return history, model
+
+
 @pytest.mark.parametrize("start_step", [0, 10**6])
 def test_predictions_beside_a_fit_leave_the_average_and_the_logs_alone(batches, start_step):
-    def fit(others):
-        keras.utils.set_random_seed(3)
-        model = PolyakModel(compile_classifier(make_classifier()), UniformAverage(start_step))
-        done = threading.Event()
+    def predict(model):
+        model.predict(batches[0], verbose=0)
+        model.predict(batches[0], using="ensemble", verbose=0)
 
-        def predict():
-            while not done.is_set():
-                model.predict(batches[0], verbose=0)
-                model.predict(batches[0], using="ensemble", verbose=0)
-
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            beside = thread.submit(predict) if others else None
-            try:
-                history = model.fit(*batches, batch_size=4, epochs=4, verbose=0).history
-            finally:
-                done.set()
-            if beside is not None:
-                beside.result()
-        return history, model
-
-    (expected_history, expected), (history, model) = fit(others=False), fit(others=True)
+    expected_history, expected = fit_beside(None, batches, start_step)
+    history, model = fit_beside(predict, batches, start_step)
     assert history == expected_history
     for one, other in zip(
         expected.average_model.get_weights(), model.average_model.get_weights(), strict=True
@@ -116,26 +121,10 @@ def test_predictions_beside_a_fit_leave_the_average_and_the_logs_alone(batches, 
 
 
 def test_evaluations_beside_a_fit_leave_its_logs_alone(batches):
-    def fit(others):
-        keras.utils.set_random_seed(3)
-        model = PolyakModel(compile_classifier(make_classifier()), 0.9)
-        done = threading.Event()
+    def evaluate(model):
+        model.evaluate(*batches, using="average", verbose=0)
 
-        def evaluate():
-            while not done.is_set():
-                model.evaluate(*batches, using="average", verbose=0)
-
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            beside = thread.submit(evaluate) if others else None
-            try:
-                history = model.fit(*batches, batch_size=4, epochs=4, verbose=0).history
-            finally:
-                done.set()
-            if beside is not None:
-                beside.result()
-        return history
-
-    assert fit(others=True) == fit(others=False)
+    assert fit_beside(evaluate, batches)[0] == fit_beside(None, batches)[0]
 
 
 class Watching(keras.callbacks.Callback):
