@@ -192,6 +192,8 @@ def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches)
     assert len(placed) > 16
     assert {device[-5:] for device in placed} == {"CPU:1"}
     assert {v.value.device[-5:] for v in away.raw_model.weights} == {"CPU:0"}
+    assert not away.average_model.jit_compile
+    assert beside.average_model.jit_compile == beside.raw_model.jit_compile
     if not mode.get("jit_compile"):
         assert_same_weights(away, beside)
 

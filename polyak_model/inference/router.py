@@ -64,6 +64,13 @@ class Router:
         self._prepare = prepare
         self._predictors, self._evaluators = {}, {}
         self._lock = threading.Lock()
+        self._keep_average_from_xla()
+
+    def _keep_average_from_xla(self):
+        # XLA cannot compile a function that reaches across devices, and the average predicts by
+        # itself. What it was compiled with, which is saved, stays.
+        if self.shadow.device is not None:
+            self.shadow.model.jit_compile = False
 
     def predictor(self, route):
         """Returns the model that predicts through a route."""
@@ -112,7 +119,7 @@ class Router:
             return models[routes]
 
     def _compile_predictor(self, model):
-        model.compile_routes(self._execution() if self.raw.compiled else {})
+        model.compile_routes(self._execution())
 
     def _compile_evaluator(self, model):
         arguments = dict(keras_internals.compile_arguments(self.raw), optimizer=None)
@@ -133,7 +140,6 @@ class Router:
         return {
             "run_eagerly": self.raw.run_eagerly,
             "steps_per_execution": self.raw.steps_per_execution,
-            # XLA cannot compile a function that reaches across devices.
             "jit_compile": self.raw.jit_compile and self.shadow.device is None,
         }
 
@@ -155,6 +161,7 @@ class Router:
             average.compile(**copy_unshared(settings, raw, average))
         else:
             average.compiled = False  # It may have compiled itself, with its defaults.
+        self._keep_average_from_xla()
         self._predictors, self._evaluators = {}, {}
 
     def check_arguments(self, arguments):
