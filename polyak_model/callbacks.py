@@ -1,4 +1,4 @@
-"""Checkpoints of the average model, the raw model or both, saved with their score."""
+"""Checkpoints of an average model, the raw model or the whole, saved with their score."""
 
 import math
 import os
@@ -18,12 +18,12 @@ from polyak_model.saving.saveable_model import size_in_file
 from polyak_model.saving.score_record import write_record
 from polyak_model.weight_files.atomic_write import atomic_file
 
-CONTENTS = ("average", "raw", "both")
+WHOLE = "both"
 _LARGE = 4096  # Entries.
 
 
 class AverageCheckpoint(keras.callbacks.Callback):
-    """Saves the average model, the raw model or the whole `PolyakModel` during training.
+    """Saves an average model, the raw model or the whole `PolyakModel` during training.
 
     Each file is written atomically and records the score of its weights. A
     training that is resumed by `BackupAndRestore`, `load_model` or
@@ -36,9 +36,9 @@ class AverageCheckpoint(keras.callbacks.Callback):
         filepath: Path that ends with `.keras` (models) or `.weights.h5`
             (weights), with placeholders as in `keras.callbacks.ModelCheckpoint`:
             `"{epoch:02d}-{val_loss:.3f}.keras"`.
-        contents: `"average"` or `"raw"`, plain Keras models; or `"both"`, the
-            `PolyakModel`, from which training can be resumed. Defaults to
-            `"average"`.
+        contents: `"average"` (the first), the name of an average or `"raw"`,
+            plain Keras models; or `"both"`, the `PolyakModel`, from which
+            training can be resumed. Defaults to `"average"`.
         monitor: Name of the score in the logs. Defaults to `"val_loss"`.
         mode: `"min"`, `"max"` or `"auto"`: whether a lower or a higher score is
             better. Defaults to `"auto"`: by the name or the metric.
@@ -84,7 +84,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
     ):
         super().__init__()
         self.filepath = os.fspath(filepath)
-        self.contents = check_choice("contents", contents, CONTENTS)
+        self.contents = _check_contents(contents)
         self.monitor = monitor
         self.mode = check_choice("mode", mode, ("auto", "min", "max"))
         self.save_best_only = bool(save_best_only)
@@ -99,6 +99,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
         self._history = CheckpointHistory(
             self.filepath, f"{os.path.basename(self.filepath)} {saved}"
         )
+        self._saved = None  # What `contents` is in this model.
         self._epoch = None  # The current epoch, from 1; None once its end has been handled.
         self._is_first_epoch = True
         self._training_logs = {}
@@ -117,9 +118,10 @@ class AverageCheckpoint(keras.callbacks.Callback):
                 f"{type(self.model).__name__}. Wrap the model, PolyakModel(model), or use "
                 "keras.callbacks.ModelCheckpoint."
             )
+        self._saved = self._find_saved()
         route = self._scored_route()
-        if self.save_best_only and self.contents not in ("both", route):
-            prefix = "" if self.model.inference == self.contents else f"{self.contents}_"
+        if self.save_best_only and self._saved not in (WHOLE, route):
+            prefix = "" if self.model.inference == self._saved else f"{self.contents}_"
             raise ValueError(
                 "The file must contain the model that was scored. Received: contents="
                 f"{self.contents!r} and monitor={self.monitor!r}, a score of the {route} model"
@@ -161,6 +163,12 @@ class AverageCheckpoint(keras.callbacks.Callback):
         # Weights may have been restored, and a finished training that is resumed has no epoch left.
         self._history.resume(self.model.shadow.run, self._position(), reread=self._is_first_epoch)
 
+    def _find_saved(self):
+        names = list(self.model.rules)
+        if self.contents == "average":
+            return names[0]
+        return check_choice("contents", self.contents, (*names, "raw", WHOLE))
+
     def _has_all(self, logs):
         # Other callbacks may add to the logs until the end of the epoch.
         named = {field for _, field, _, _ in string.Formatter().parse(self.filepath) if field}
@@ -180,7 +188,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
     def _scored_route(self):
         if not self.monitor.startswith("val_"):
             return "raw"
-        for route in self.model.report or ():
+        for route in self.model.reported:
             if self.monitor.startswith(f"val_{route}_") and route != self.model.inference:
                 return route
         return self.model.inference
@@ -223,13 +231,10 @@ class AverageCheckpoint(keras.callbacks.Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         best = float(logs[self.monitor]) if self.save_best_only else None
         record = {**self._history.record(path, self._position(), best), **moment}
-        if self.contents in ("both", self._scored_route()) and self.monitor in logs:
+        if self._saved in (WHOLE, self._scored_route()) and self.monitor in logs:
             record.update(monitor=self.monitor, score=float(logs[self.monitor]))
-        model = {
-            "average": self.model.average_model,
-            "raw": self.model.raw_model,
-            "both": self.model,
-        }[self.contents]
+        own = {"raw": self.model.raw_model, WHOLE: self.model}
+        model = {**self.model.average_models, **own}[self._saved]
         with atomic_file(path, size_in_file(model)) as partial:
             if path.name.endswith(".keras"):
                 keras.saving.save_model(model, partial)
@@ -249,6 +254,15 @@ def _sample_checksum(weights):
         sample = keras.ops.reshape(weight, (-1,))[:_LARGE] if is_large else weight
         checksum = zlib.crc32(keras.ops.convert_to_numpy(sample).tobytes(), checksum)
     return checksum
+
+
+def _check_contents(contents):
+    if not isinstance(contents, str):
+        raise ValueError(
+            "`contents` must be 'average', the name of an average, 'raw' or 'both'. Received: "
+            f"contents={contents!r}."
+        )
+    return contents
 
 
 def _check_frequency(save_freq, save_best_only):

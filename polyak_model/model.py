@@ -1,4 +1,6 @@
-"""PolyakModel: a model, and beside it the running average of its weights."""
+"""PolyakModel: a model, and beside it running averages of its weights."""
+
+import types
 
 import keras
 from keras import tree
@@ -11,7 +13,8 @@ from polyak_model.backend import keras_internals
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
-from polyak_model.inference.router import Router, check_report, check_route
+from polyak_model.inference.router import Router
+from polyak_model.inference.routes import ALIAS, check_averages, check_report, check_route
 from polyak_model.saving import layout
 from polyak_model.training_checks import (
     check_clone_function,
@@ -19,6 +22,8 @@ from polyak_model.training_checks import (
     check_model,
     check_optimizers,
 )
+
+_DEFAULT_DECAY = 0.999
 
 # The rules themselves import no Keras.
 for _rule in (
@@ -32,7 +37,7 @@ for _rule in (
 
 @keras.saving.register_keras_serializable(package="polyak_model")
 class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
-    """Trains a model and keeps the running average of its weights beside it.
+    """Trains a model and keeps running averages of its weights beside it.
 
     After each optimizer step, inside the training step,
 
@@ -53,10 +58,14 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         model: A `keras.Model`, compiled or not, built or not. It becomes
             `raw_model`.
         average: Float in [0, 1), the decay of an `ExponentialAverage`, or a rule
-            of `polyak_model.rules`. Defaults to 0.999.
-        inference: `"average"`, `"raw"` or `"ensemble"`: the default route of
-            `evaluate`, `predict` and calls with `training=False`. It can also be
-            set as an attribute. Defaults to `"average"`.
+            of `polyak_model.rules`; or a dict of them by name, for several
+            averages at once. Names are identifiers other than the routes
+            below. Defaults to None: a decay of 0.999.
+        inference: `"average"` or the name of an average, `"raw"` or
+            `"ensemble"`: the default route of `evaluate`, `predict` and calls
+            with `training=False`. `"average"` is the first average, the ensemble
+            joins it with the raw model. It can also be set as an attribute.
+            Defaults to None: the first average.
         report: Routes that `evaluate` (and `fit` with validation data) reports
             in one pass, e.g. `("average", "raw", "ensemble")`. The metrics of
             `inference` have plain names, those of the others are prefixed:
@@ -107,9 +116,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
     def __init__(
         self,
         model,
-        average=0.999,
+        average=None,
         *,
-        inference="average",
+        inference=None,
         report=None,
         combine="mean",
         non_trainable="average",
@@ -119,16 +128,17 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         name=None,
     ):
         check_model(model)
-        rule = rules.get(average)
-        check_report(report, check_route("inference", inference))
+        named = check_averages(_DEFAULT_DECAY if average is None else average)
+        inference = check_route("inference", inference or ALIAS, named)
+        check_report(report, inference, named)
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
         backend.check_placement(model, device)
         with backend.strategy_scope(model):
             with backend.device(device):
-                clone = cloning.clone_model(model, clone_function)
-            shadow = Shadow(clone, rule, non_trainable, bool(compensated), device)
+                clones = {name: cloning.clone_model(model, clone_function) for name in named}
+            shadow = Shadow(clones, named, non_trainable, bool(compensated), device)
             super().__init__(
                 routes=Router(model, shadow, combine, self._start_on_batch),
                 inference=inference,
@@ -139,6 +149,8 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             )
         self.raw_model = model
         self.shadow = shadow
+        # Under these names Keras saves the average models.
+        vars(self).update({layout.average_group(name): clone for name, clone in clones.items()})
         self.clone_function = clone_function
         self.supports_masking = model.supports_masking
         self._adopted = None
@@ -149,29 +161,72 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
 
     @property
     def average_model(self):
-        """The clone that holds the average, a plain Keras model.
+        """The clone that holds the first average, a plain Keras model.
 
         Until averaging begins it mirrors the raw model, also after weights were
         loaded there. Saved, it is compiled for evaluation, with the loss and
         metrics of the raw model and plain SGD; compile it again to train it
         further.
         """
+        return next(iter(self.average_models.values()))
+
+    @property
+    def average_models(self):
+        """The models that hold the averages: a read-only dict by name, in order.
+
+        A single average is called `"average"`.
+        """
         self.shadow.catch_up()
-        return self.shadow.model
+        averages = self.shadow.averages.items()
+        return types.MappingProxyType({name: average.model for name, average in averages})
 
     @property
     def rule(self):
-        """The rule of the average, which can be set, also while the model trains.
+        """The rule of the first average, which can be set, also while the model trains.
 
         The average and the step stay; the new rule acts from the next step on.
         """
-        return self.shadow.rule
+        return self.shadow.first.rule
 
     @rule.setter
     def rule(self, rule):
-        self.shadow.rule = rules.get(rule)
+        self.set_rule(self.shadow.first.name, rule)
+
+    @property
+    def rules(self):
+        """The rules of the averages: a read-only dict by name, in order."""
+        averages = self.shadow.averages.items()
+        return types.MappingProxyType({name: average.rule for name, average in averages})
+
+    def set_rule(self, name, rule):
+        """Sets the rule of an average, also while the model trains.
+
+        The average and its step stay; the new rule acts from the next step on.
+
+        Args:
+            name: Name of the average, or `"average"` for the first.
+            rule: A decay or a rule.
+
+        Raises:
+            ValueError: If there is no such average, or `rule` is invalid.
+
+        Example:
+
+        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        >>> model = PolyakModel(inner, average={"short": 0.9, "long": 0.99})
+        >>> model.set_rule("long", 0.999)
+        >>> [rule.decay for rule in model.rules.values()]
+        [0.9, 0.999]
+        """
+        self._find(name).rule = rules.get(rule)
         if self.train_function is not None:
             self.make_train_function(force=True)  # The old rule was traced into it.
+
+    def _find(self, name):
+        averages = self.shadow.averages
+        if name in (None, ALIAS):
+            return self.shadow.first
+        return averages[check_choice("name", name, tuple(averages))]
 
     @property
     def average_step(self):
@@ -203,7 +258,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         backend.on_each_replica(self, self.shadow.update)
 
     def reset_average(self):
-        """Forgets the past: the average becomes a copy of the raw weights, the step 0.
+        """Forgets the past: all averages become copies of the raw weights, the step 0.
 
         Raises:
             ValueError: If the model is not built.
@@ -220,13 +275,16 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         self._check_built("reset_average")
         self.shadow.reset()
 
-    def apply_average(self):
-        """Copies the average into the raw model, for the end of training or Switch EMA.
+    def apply_average(self, name=None):
+        """Copies an average into the raw model, for the end of training or Switch EMA.
 
-        The average and its step stay.
+        The averages and their step stay.
+
+        Args:
+            name: Name of the average. Defaults to None: the first.
 
         Raises:
-            ValueError: If the model is not built.
+            ValueError: If the model is not built, or there is no such average.
 
         Example:
 
@@ -236,12 +294,13 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         >>> bool((inner.get_weights()[0] == model.average_model.get_weights()[0]).all())
         True
         """
+        average = self._find(name)
         self._check_built("apply_average")
         self.shadow.catch_up()
-        self.shadow.apply()
+        self.shadow.apply(average.name)
 
-    def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto"):
-        """Recomputes the statistics of BatchNormalization in the average model by a pass over data.
+    def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto", name=None):
+        """Recomputes the statistics of BatchNormalization in an average model by a pass over data.
 
         The computation is that of `polyak_model.refresh_statistics`. Layers that
         are frozen in the raw model keep their statistics. Further training
@@ -254,10 +313,12 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             batch_size: Int, examples per batch of arrays. Defaults to None: 32.
             verbose: `"auto"`, 0 for silence, 1 for a progress bar or 2 for a
                 line.
+            name: Name of the average. Defaults to None: the first.
 
         Raises:
-            ValueError: If averaging has not begun, `data` is empty, or the
-                statistics contain inf or NaN. The old statistics stay then.
+            ValueError: If there is no such average, averaging has not begun,
+                `data` is empty, or the statistics contain inf or NaN. The old
+                statistics stay then.
 
         Example:
 
@@ -269,19 +330,20 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         >>> history = model.fit(x, y, verbose=0)
         >>> model.refresh_statistics(x, verbose=0)
         """
+        refreshed = self._find(name)
         self._check_built("refresh_statistics")
         self.shadow.catch_up()
-        if not self.shadow.begun():
+        if refreshed in self.shadow.unbegun():
             raise ValueError(
                 "`refresh_statistics()` needs an average that has begun; until then it mirrors the "
                 f"raw model. Received: a model after {self.average_step} optimizer steps, where "
-                f"averaging begins after start_step={self.shadow.rule.start_step}. Train it first."
+                f"averaging begins after start_step={refreshed.rule.start_step}. Train it first."
             )
-        average = self.shadow.model
+        average = refreshed.model
         layers = batch_norm.find_layers(average, trained=self.raw_model)
         if layers:
             settings = {"batch_size": batch_size, "verbose": verbose}
-            self.shadow.replace(batch_norm.measure(average, layers, data, steps, **settings))
+            refreshed.replace(batch_norm.measure(average, layers, data, steps, **settings))
         elif verbose:
             print(batch_norm.nothing_to_refresh(self.raw_model))
 
@@ -371,15 +433,19 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             self._start(clone_check.input_specs(self.raw_model))
 
     def _start(self, inputs, batch=None):
-        if not cloning.has_weights(self.shadow.model):
-            with backend.strategy_scope(self), backend.device(self.shadow.device):
-                if self.clone_function is None:
-                    cloning.complete_clone(self.raw_model, self.shadow.model)
-                else:
-                    with backend.unchanged_generators():
-                        cloning.build_on(self.shadow.model, inputs, batch)
+        for clone in self.shadow.models:
+            if not cloning.has_weights(clone):
+                self._complete(clone, inputs, batch)
         self.shadow.start(self.raw_model, inputs)
         self.built = True
+
+    def _complete(self, clone, inputs, batch):
+        with backend.strategy_scope(self), backend.device(self.shadow.device):
+            if self.clone_function is None:
+                cloning.complete_clone(self.raw_model, clone)
+            else:
+                with backend.unchanged_generators():
+                    cloning.build_on(clone, inputs, batch)
 
     def _start_on_batch(self, data):
         if not self.shadow.started:
@@ -413,7 +479,8 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             return self.raw_model(inputs, *args, **kwargs)
         outputs = self._router.predictor(self.inference)(inputs, *args, **kwargs)
         # In a larger model these would be added to what the raw model is trained on.
-        keras_internals.clear_losses(self.shadow.model)
+        for model in self.shadow.models:
+            keras_internals.clear_losses(model)
         return outputs
 
     def compute_mask(self, inputs, previous_mask):
@@ -438,7 +505,8 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         check_optimizers(self.raw_model.optimizer)
         logs = self._train_raw(data)
         stepped = backend.optimizer_step(self.raw_model) > before
-        self.shadow.pairing.check_complete()
+        for pairing in self.shadow.pairings:
+            pairing.check_complete()
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
 
@@ -467,7 +535,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             "format": layout.FORMAT,
             "name": self.name,
             "model": model,
-            "average": serialize(self.shadow.rule),
+            "average": self._serialize_rules(),
             "inference": self.inference,
             "report": self.report,
             "combine": combine if isinstance(combine, str) else serialize(combine),
@@ -477,12 +545,24 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             "clone_function": self.clone_function and serialize(self.clone_function),
         }
 
+    def _serialize_rules(self):
+        serialize = keras.saving.serialize_keras_object
+        rules = {name: serialize(rule) for name, rule in self.rules.items()}
+        return rules.get(ALIAS, rules)
+
     @classmethod
     def from_config(cls, config):
         deserialize = keras.saving.deserialize_keras_object
         config = dict(config)
         layout.check_format(config.pop("format", layout.FORMAT))
-        for name in ("model", "average", "combine", "clone_function"):
+        average = config["average"]
+        is_single = isinstance(average.get("class_name"), str)
+        config["average"] = (
+            deserialize(average)
+            if is_single
+            else {name: deserialize(rule) for name, rule in average.items()}
+        )
+        for name in ("model", "combine", "clone_function"):
             if isinstance(config[name], dict):
                 config[name] = deserialize(config[name])
         clone_function = config["clone_function"]

@@ -5,7 +5,7 @@ What a backend cannot train where it is placed is checked by `polyak_model.backe
 
 import keras
 
-from polyak_model.average.shadow import is_average_model
+from polyak_model.average.average import is_average_model
 from polyak_model.backend.common import optimizers_of
 from polyak_model.inference.routed_model import RoutedModel
 

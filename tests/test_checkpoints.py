@@ -369,5 +369,5 @@ def test_the_file_of_a_polyak_model_is_refused_for_it_holds_two_models(tmp_path)
 
 
 def make_wrapper(path):
-    groups = ("average_model/layers/dense", "layers/sequential/layers/dense", "layers/shadow")
+    groups = ("averages/average/layers/dense", "raw_model/layers/dense", "shadow")
     return write_hdf5(path, {f"{group}/vars/0": np.zeros(2) for group in groups})

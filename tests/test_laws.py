@@ -143,7 +143,7 @@ def test_law_1_holds_on_any_trajectory(path, name):
         model.update_average()
     expected = closed_forms.average(rule, start, iterates)
     scale = max(np.abs(np.array(path)).max(), 1e-30)
-    assert np.abs(expected[0] - model.shadow.model.get_weights()[0]).max() <= 1e-6 * scale
+    assert np.abs(expected[0] - model.shadow.first.model.get_weights()[0]).max() <= 1e-6 * scale
 
 
 # Law 2
@@ -287,7 +287,7 @@ def test_law_6_save_load_continue_gives_what_never_stopping_gives(batches, tmp_p
     filled = make()
     filled.load_weights(tmp_path / "model.weights.h5")
     for model in (loaded, filled):
-        assert model.shadow.rule == never_stopped.shadow.rule
+        assert model.shadow.first.rule == never_stopped.shadow.first.rule
         assert_identical(state(model), saved)
         assert_identical(state(fit(model)), expected)
 
@@ -401,7 +401,7 @@ def test_law_9_holds_for_a_model_built_by_its_first_batch(batches):
     predicted = model.predict(x, verbose=0)
     np.testing.assert_array_equal(predicted, model.raw_model.predict(x, verbose=0))
     start, iterates = fit_recorded(model, (x, y))
-    expected = closed_forms.average(model.shadow.rule, start, iterates)
+    expected = closed_forms.average(model.shadow.first.rule, start, iterates)
     assert_close(expected, model.average_model.get_weights(), ulps=4)
 
 

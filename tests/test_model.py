@@ -325,7 +325,7 @@ def test_a_saved_wrapper_loads_and_continues_as_if_it_had_never_stopped(
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.average_step == 4
-    assert loaded.shadow.rule == model.shadow.rule
+    assert loaded.shadow.first.rule == model.shadow.first.rule
     assert_same_weights(model, loaded)
     for each in (model, loaded):
         each.fit(*batches, batch_size=16, verbose=0, shuffle=False)
@@ -408,7 +408,7 @@ def test_every_constructor_argument_goes_through_the_config():
     assert set(config) == {"format", "model", *arguments}
     loaded = PolyakModel.from_config(config)
     assert loaded.get_config() == config
-    assert loaded.shadow.rule == arguments["average"]
+    assert loaded.shadow.first.rule == arguments["average"]
     assert loaded.clone_function is make_small
     assert (loaded.name, loaded.inference, loaded.report) == (
         "wrapped",

@@ -1,58 +1,61 @@
-"""One average: its model, its rule, its step, its update."""
+"""The averages of one model, and the counter of optimizer steps that they share."""
 
-import weakref
+import types
 
 import keras
 from keras import ops
 
 from polyak_model import backend
-from polyak_model.average import clone_check, cloning
+from polyak_model.average import clone_check, cloning, format_1, state
+from polyak_model.average.average import Average, move
 from polyak_model.average.pairing import pair
 from polyak_model.average.step_detector import StepDetector
 from polyak_model.average.training_threads import TrainingThreads
 from polyak_model.backend import keras_internals
 from polyak_model.saving import layout
 
-_average_models = weakref.WeakSet()
-
-
-def is_average_model(model):
-    """Returns whether a model holds the average of another one."""
-    return model in _average_models
-
 
 class Shadow(keras.layers.Layer):
-    """An average model, the rule that moves it, and the steps that it has seen.
+    """Averages of one raw model, and the optimizer steps that they have seen.
 
     It is a layer so that Keras saves its state: `step`, the optimizer steps
     taken since averaging (re)started; the fingerprint of the `StepDetector`;
-    master copies and residuals; the seeds of both models; and a description of
-    it all, with `run`, which all files of one training have in common.
+    master copies and residuals; and the seeds of all models. `run` is what all
+    files of one training have in common.
 
     Args:
-        model: The average model, an unshared clone of the raw model.
-        rule: A `polyak_model.rules.Rule`.
+        models: Dict with the average model of each average, by name: unshared
+            clones of the raw model.
+        rules: Dict with the rule of each average, by name.
         non_trainable: `"average"` or `"copy"`: what happens to float weights
             that no optimizer trains.
         compensated: Bool. Whether averages carry residuals (Kahan).
-        device: Where the average lives, e.g. `"CPU:0"`, or None.
+        device: Where the averages live, e.g. `"CPU:0"`, or None.
         name: Name of the layer.
     """
 
-    def __init__(self, model, rule, non_trainable, compensated, device, name="average"):
+    def __init__(self, models, rules, non_trainable, compensated, device, name="average"):
         super().__init__(name=name)
-        self.model = model
-        _average_models.add(model)
-        self.rule = rule
+        self.models = list(models.values())
         self.non_trainable = non_trainable
         self.compensated = compensated
         self.device = device
         self.run = layout.new_run()
         with backend.device(device):
             self.step = self._add_counter("step")
-            self.detector = StepDetector(self, self._add_counter("fingerprint"))
-        self.pairing = None
+            self.fingerprint = self._add_counter("fingerprint")
+            averages = {
+                name: Average(name, model, rules[name], self._add_counter(f"{name}_origin"))
+                for name, model in models.items()
+            }
+        self.averages = types.MappingProxyType(averages)
+        self.detector = StepDetector(self, self.fingerprint)
+        self.described = None  # What a file says of the state that is loaded next.
         self.training_threads = TrainingThreads()
+
+    def __dir__(self):
+        # Keras saves what `dir` lists; the PolyakModel saves the models under their names.
+        return [name for name in super().__dir__() if name != "models"]
 
     def _add_counter(self, name):
         return self.add_weight(
@@ -60,26 +63,40 @@ class Shadow(keras.layers.Layer):
         )
 
     @property
+    def first(self):
+        """The first `Average`."""
+        return next(iter(self.averages.values()))
+
+    @property
+    def pairings(self):
+        """The `Pairing` of each average."""
+        return [average.pairing for average in self.averages.values()]
+
+    @property
     def started(self):
         """Whether raw and average weights are paired."""
-        return self.pairing is not None
+        return self.first.pairing is not None
 
     def start(self, raw_model, inputs=None):
-        """Pairs a built raw model with the average model, which becomes its copy.
+        """Pairs a built raw model with the average models, which become its copies.
 
         Args:
             raw_model: A `keras.Model`.
-            inputs: Symbolic inputs of the models, to check that both have the
+            inputs: Symbolic inputs of the models, to check that all have the
                 same outputs; or None.
         """
         copies_statistics = self.non_trainable == "copy"
-        pairing = pair(raw_model, self.model, self._add_beside, copies_statistics, self.compensated)
-        backend.assign((p.average, p.raw) for p in pairing.pairs)
-        backend.assign((master, average) for average, master in pairing.from_masters())
-        cloning.copy_outside_weights(raw_model, self.model)
-        clone_check.check_same_outputs(raw_model, self.model, inputs)
-        keras_internals.report_penalties(self.model, pairing.penalized)
-        self.pairing = pairing
+        pairings = []
+        for model in self.models:
+            pairing = pair(raw_model, model, self._add_beside, copies_statistics, self.compensated)
+            backend.assign((p.average, p.raw) for p in pairing.pairs)
+            backend.assign((master, average) for average, master in pairing.from_masters())
+            cloning.copy_outside_weights(raw_model, model)
+            clone_check.check_same_outputs(raw_model, model, inputs)
+            keras_internals.report_penalties(model, pairing.penalized)
+            pairings.append(pairing)
+        for average, pairing in zip(self.averages.values(), pairings, strict=True):
+            average.pairing = pairing
         self.built = True
 
     def _add_beside(self, average, role, dtype):
@@ -96,13 +113,10 @@ class Shadow(keras.layers.Layer):
         """Returns the optimizer steps taken since averaging (re)started, an int."""
         return int(self.step.numpy())
 
-    def begins_after(self, step):
-        """Returns whether averaging has begun after so many steps; before, it mirrors."""
-        return step > self.rule.start_step
-
-    def begun(self):
-        """Returns whether averaging has begun, a bool."""
-        return self.begins_after(self.steps())
+    def unbegun(self):
+        """Returns the averages that still mirror the raw model, a list."""
+        step = self.steps()
+        return [each for each in self.averages.values() if not bool(each.begins_after(step))]
 
     def update(self, stepped=True, may_skip=False):
         """Takes one step of averaging.
@@ -113,22 +127,29 @@ class Shadow(keras.layers.Layer):
                 pays off. Defaults to False.
         """
         with backend.device(self.device):
-            # Computed from the step before, the weight need not wait for the optimizer.
+            # Computed from the step before, the weights need not wait for the optimizer.
             step = self.step + 1
-            moves = ops.logical_and(stepped, self.rule.moves_at(step))
-            weight = self.rule.weight(step, self.rule.update_every)
+            averages = self.averages.values()
+            moves = [average.move_at(step, stepped) for average in averages]
             self.step.assign(ops.where(stepped, step, step - 1))
-            # Outside of the condition, in which replicas cannot wait for each other.
-            pairing = self.pairing.synchronized()
-            if may_skip or self.rule.update_every > 1:
-                backend.when(moves, lambda: _move(pairing, weight))
+            # Outside of conditions, in which replicas cannot wait for each other.
+            pairings = [average.pairing.synchronized() for average in averages]
+            at_every_step = []
+            for average, pairing, (moving, weight) in zip(averages, pairings, moves, strict=True):
+                if average.rule.update_every > 1:
+                    backend.when(moving, lambda pairing=pairing, w=weight: move([(pairing, w)]))
+                else:
+                    weight = weight if may_skip else ops.where(moving, weight, 0.0)
+                    at_every_step.append((pairing, weight))
+            if may_skip:
+                backend.when(stepped, lambda: move(at_every_step))
             else:
-                _move(pairing, ops.where(moves, weight, 0.0))
+                move(at_every_step)
 
     def catch_up(self, training=False):
-        """Brings the average up to date with the raw weights, before it is used.
+        """Brings the averages up to date with the raw weights, before they are used.
 
-        Until averaging begins the average mirrors them, since they may have
+        Until averaging begins an average mirrors them, since they may have
         been loaded or assigned. Later, changed weights may be a step.
 
         Args:
@@ -137,108 +158,47 @@ class Shadow(keras.layers.Layer):
         """
         if not self.started or not backend.keeps_updates():
             return
-        self.pairing.check_complete()
+        for pairing in self.pairings:
+            pairing.check_complete()
         if backend.traces_for_export():
             # What is served elsewhere holds the average as it is now, and assigns nothing.
             backend.outside_trace(self.catch_up)
             return
         if backend.replicas() == 1:
             with backend.lift():
-                self._mirror_if_unbegun()
+                self._mirror_unbegun()
         self.detector.detect(training)
 
-    def _mirror_if_unbegun(self):
+    def _mirror_unbegun(self):
         with self.training_threads.held() as others_train:
-            # They keep the average up to date by themselves.
-            if not others_train and not self.begun() and not self.detector.watching():
-                self.mirror()
-
-    def mirror(self):
-        """Makes the average a copy of the raw model, bit for bit."""
-        self.mirror_weights()
-        cloning.copy_outside_weights(self.pairing.raw_model, self.model)
-
-    def mirror_weights(self):
-        """Makes the averages copies of the raw weights, and forgets the residuals."""
-        pairs = self.pairing.pairs
-        backend.assign((p.average, p.raw) for p in pairs)
-        backend.assign((master, average) for average, master in self.pairing.from_masters())
-        _forget_residuals(pairs)
-
-    def replace(self, values):
-        """Replaces weights of the average model, with their master copies.
-
-        Args:
-            values: Iterable of `(weight of the average model, value)`.
-        """
-        pairs = {id(p.average): p for p in self.pairing.pairs}
-        for average, value in values:
-            replaced = pairs[id(average)]
-            backend.assign([(average, value), (replaced.target, value)])
-            _forget_residuals([replaced])
+            # They keep the averages up to date by themselves.
+            if not others_train and not self.detector.watching():
+                for average in self.unbegun():
+                    average.mirror()
 
     def reset(self):
-        """Forgets the past: the average becomes a copy of the raw weights, the step 0."""
-        self.step.assign(0)
+        """Forgets the past: the averages become copies of the raw weights, the step 0."""
+        for counter in (self.step, *(average.origin for average in self.averages.values())):
+            counter.assign(0)
         self.detector.stop()
-        self.mirror()
+        for average in self.averages.values():
+            average.mirror()
 
-    def apply(self):
-        """Copies the average into the raw model."""
-        backend.assign((p.raw, p.average) for p in self.pairing.pairs)
-        cloning.copy_outside_weights(self.model, self.pairing.raw_model)
+    def apply(self, name):
+        """Copies an average into the raw model."""
+        self.averages[name].apply()
         self.detector.accept()
 
+    def describe(self):
+        """Returns the description of the averages in files, see `layout.describe`."""
+        serialize = keras.saving.serialize_keras_object
+        rules = {name: serialize(average.rule) for name, average in self.averages.items()}
+        weights = self.first.pairing.raw_model.weights if self.started else ()
+        return layout.describe(rules, self.run, self.compensated, weights)
+
     def save_own_variables(self, store):
-        super().save_own_variables(store)
-        if self.started:
-            rule = keras.saving.serialize_keras_object(self.rule)
-            description = layout.describe(rule, self.run, self.pairing.raw_model.weights)
-            store[layout.DESCRIPTION] = layout.encode(description)
-            for index, seed in enumerate(self._seeds()):
-                store[layout.seed_name(index)] = seed
+        state.save(self, store)
 
     def load_own_variables(self, store):
-        names = set(store.keys())
-        described = layout.decode(store[layout.DESCRIPTION]) if layout.DESCRIPTION in names else {}
-        self.run = described.get("run", self.run)
-        weights = self.pairing.raw_model.weights if self.started else ()
-        if not described or layout.has_same_weights(described, weights):
-            super().load_own_variables({name: store[name] for name in names if name.isdigit()})
-            merged = [p for p in self._pairs_with_master() if not _is_rounded(p.master, p.average)]
-        else:
-            self.step.assign(store[layout.STEP])
-            self.detector.stop()
-            merged = self.pairing.averaged
-        # Keras merges LoRA into the kernels of a file, but not into the state in this group.
-        for p in merged:
-            p.target.assign(p.average)
-        _forget_residuals(merged)
-        for index, seed in enumerate(self._seeds() if self.started else ()):
-            if layout.seed_name(index) in names:
-                seed.assign(store[layout.seed_name(index)])
-
-    def _pairs_with_master(self):
-        pairs = self.pairing.averaged if self.started else ()
-        return [p for p in pairs if p.master is not None]
-
-    def _seeds(self):
-        models = (self.pairing.raw_model, self.model)
-        return [seed for model in models for seed in keras_internals.seed_states(model)]
-
-
-def _move(pairing, weight):
-    backend.update(pairing.averaged, weight)
-    backend.assign(pairing.from_masters(), weight)
-    backend.update(pairing.mirrored, ops.cast(weight > 0, "float64"))
-    backend.assign([(p.average, p.raw) for p in pairing.copied], weight)
-
-
-def _is_rounded(master, average):
-    return bool(ops.all(ops.cast(master, average.dtype) == average))
-
-
-def _forget_residuals(pairs):
-    for p in pairs:
-        if p.residual is not None:
-            p.residual.assign(ops.zeros_like(p.residual))
+        described, self.described = self.described, None
+        state.load(self, *(format_1.read(self, store) if described is None else (store, described)))

@@ -52,14 +52,16 @@ class StepDetector:
                 that watching begins. Defaults to False.
         """
         if not backend.runs_eagerly() or training or self.watching():
-            backend.on_each_replica(self._shadow.model, lambda: self._detect_here(training))
+            model = self._shadow.first.model
+            backend.on_each_replica(model, lambda: self._detect_here(training))
 
     def _detect_here(self, training):
         watching = ops.convert_to_tensor(self._fingerprint) != 0
-        unbegun = ops.logical_not(self._shadow.begins_after(self._shadow.step))
-        backend.when(
-            ops.logical_and(ops.logical_not(watching), unbegun), self._shadow.mirror_weights
-        )
+        for average in self._shadow.averages.values():
+            unbegun = ops.logical_not(average.begins_after(self._shadow.step))
+            backend.when(
+                ops.logical_and(ops.logical_not(watching), unbegun), average.mirror_weights
+            )
         # Replicas cannot wait for each other inside a condition.
         if training or backend.replicas() > 1:
             self._compare(training)
@@ -73,4 +75,4 @@ class StepDetector:
         self._fingerprint.assign(current if training else ops.where(watching, current, known))
 
     def _current(self):
-        return backend.fingerprint(self._shadow.pairing.learned)
+        return backend.fingerprint(self._shadow.first.pairing.learned)

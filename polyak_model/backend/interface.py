@@ -68,8 +68,8 @@ class Pair(Protocol):
 # update.py: averages, and copies.
 
 
-def update(pairs: Sequence[Pair], weight: Tensor) -> None:
-    """Updates averages in place.
+def update(updates: Sequence[tuple[Sequence[Pair], Tensor]]) -> None:
+    """Updates averages of one model in place.
 
         target += weight * (raw - target)
 
@@ -82,8 +82,9 @@ def update(pairs: Sequence[Pair], weight: Tensor) -> None:
     `target + residual` is the average to twice the precision.
 
     Args:
-        pairs: The averages to update.
-        weight: Scalar float64 tensor in [0, 1].
+        updates: For each average its pairs and the weight, a scalar float64
+            tensor in [0, 1]. The pairs of all averages have the same raw
+            weights, in the same order, each of which is read once for all.
 
     Reference:
         Kahan 1965, Further remarks on reducing truncation errors.

@@ -1,4 +1,4 @@
-"""`polyak-model extract`: write the average or the raw model of a PolyakModel's file."""
+"""`polyak-model extract`: write an average or the raw model of a PolyakModel's file."""
 
 import pathlib
 import typing
@@ -31,11 +31,11 @@ def extract(
         ),
     ],
     contents: typing.Annotated[
-        typing.Literal["average", "raw"], typer.Option(help="The model to write.")
+        str, typer.Option(metavar="NAME", help="The model: average, the name of one, or raw.")
     ] = "average",
     quiet: typing.Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ):
-    """Write the average or the raw model as a plain Keras file.
+    """Write an average or the raw model as a plain Keras file.
 
     Keras loads it without polyak_model.
     """

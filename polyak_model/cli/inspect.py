@@ -9,8 +9,9 @@ import typer
 
 from polyak_model.cli.tables import print_table
 from polyak_model.errors import printable
+from polyak_model.saving import layout
 from polyak_model.saving.distances import measure_distances, measure_total
-from polyak_model.saving.wrapper_reader import find_wrappers, read_rule, read_step
+from polyak_model.saving.wrapper_reader import find_wrappers, read_rules, read_step
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.refusal import in_one_line
 from polyak_model.weight_files.training_state import split_variables
@@ -53,7 +54,7 @@ def describe(weights):
     Returns:
         A dict with `variables`, those of the raw model if the file is of a
         PolyakModel; their number of `parameters`; `optimizer`, a dict or None;
-        and `averages`, a list of dicts. The `path` of an average is that of its
+        and `averages`, a list of dicts by `name`. The `path` of an average is that of its
         PolyakModel inside the saved model, "" if that is the saved model.
 
     Raises:
@@ -86,7 +87,11 @@ def describe(weights):
         }
         if optimizer
         else None,
-        "averages": [_describe_average(weights, wrapper) for wrapper in wrappers],
+        "averages": [
+            _describe_average(weights, wrapper, name, rule)
+            for wrapper in wrappers
+            for name, rule in read_rules(weights, wrapper).items()
+        ],
     }
 
 
@@ -94,11 +99,12 @@ def _count(variables):
     return sum(math.prod(variable.shape) for variable in variables.values())
 
 
-def _describe_average(weights, wrapper):
-    distances = measure_distances(weights, wrapper)
+def _describe_average(weights, wrapper, name, rule):
+    distances = measure_distances(weights, wrapper.raw, wrapper.averages[name])
     return {
         "path": wrapper.path,
-        "rule": read_rule(weights, wrapper),
+        "name": name,
+        "rule": rule,
         "step": read_step(weights, wrapper),
         "distances": [
             {"layer": each.layer, "distance": each.distance, "relative": each.relative}
@@ -110,7 +116,7 @@ def _describe_average(weights, wrapper):
 def _print(description):
     averages = description["averages"]
     is_wrapper = bool(averages) and not averages[0]["path"]
-    title = "The raw model; the average model has the same variables" if is_wrapper else "The model"
+    title = "The raw model; averages have the same variables" if is_wrapper else "The model"
     print(f"{title}:\n")
     rows = []
     for each in description["variables"]:
@@ -129,8 +135,9 @@ def _print(description):
 
 
 def _print_average(average):
+    name = "" if average["name"] == layout.ONLY else f" '{average['name']}'"
     place = f" at {printable(average['path'])}" if average["path"] else ""
-    print(f"\nThe average{place}:\n")
+    print(f"\nThe average{name}{place}:\n")
     print(f"rule  {_format_rule(average['rule'])}\nstep  {average['step']:,}")
     print("\nIts distance from the raw model:\n")
     rows = [

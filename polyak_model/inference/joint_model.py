@@ -1,4 +1,4 @@
-"""The raw and the average model as one Keras model, through one route or several."""
+"""The raw and the average models as one Keras model, through one route or several."""
 
 import keras
 from keras import ops
@@ -6,6 +6,7 @@ from keras import ops
 from polyak_model import backend
 from polyak_model.backend import keras_internals
 from polyak_model.inference.ensemble import join
+from polyak_model.inference.routes import ENSEMBLE, RAW
 
 
 class JointModel(
@@ -18,30 +19,29 @@ class JointModel(
     the first route have plain names, those of the others are prefixed.
 
     Args:
-        routes: Tuple of `"raw"`, `"average"` and `"ensemble"`; the first one
-            predicts.
-        models: Dict with the models `"raw"` and `"average"`. Only those that the
-            routes need are kept.
+        routes: Tuple of routes; the first one predicts.
+        models: Dict of models by route. Only those that `routes` need are kept.
+        members: The routes of the models in the ensemble.
         combine: How the ensemble joins outputs, see `join`.
         prepare: Called with each batch before it is used, to build what is not
             built yet.
     """
 
-    def __init__(self, routes, models, combine, prepare):
+    def __init__(self, routes, models, members, combine, prepare):
         # Inputs reach the models as they are.
         super().__init__(name="_".join(routes), autocast=False)
         self.routes = routes
+        self._members = {route: members if route == ENSEMBLE else (route,) for route in routes}
         # As attributes: in a list the oldest Keras finds no lookup tables to export.
-        for name in ("raw", "average"):
-            if {name, "ensemble"} & {*routes}:
-                setattr(self, name, models[name])
+        for name in dict.fromkeys(name for names in self._members.values() for name in names):
+            setattr(self, f"{name}_model", models[name])
         self.combine = combine
         self._prepare = prepare
         self._scores = {}
-        self.supports_masking = models["raw"].supports_masking
-        self.built = True  # Its weights are those of the two models.
-        if hasattr(models["raw"], "output_names"):
-            self.output_names = models["raw"].output_names
+        self.supports_masking = models[RAW].supports_masking
+        self.built = True  # Its weights are those of its models.
+        if hasattr(models[RAW], "output_names"):
+            self.output_names = models[RAW].output_names
 
     def compile_routes(self, execution, make_arguments=None):
         """Compiles the metrics of each route.
@@ -65,7 +65,7 @@ class JointModel(
         return scores
 
     def _models(self, route):
-        return [self.raw, self.average] if route == "ensemble" else [getattr(self, route)]
+        return [getattr(self, f"{name}_model") for name in self._members[route]]
 
     def call(self, inputs, *args, **kwargs):
         return self._output(lambda model: keras_internals.forward(model, inputs, *args, **kwargs))
@@ -107,7 +107,14 @@ class JointModel(
     def _join_logs(self, logs):
         joined = dict(logs[0])
         for route, own in zip(self.routes[1:], logs[1:], strict=True):
-            joined.update({f"{route}_{name}": value for name, value in own.items()})
+            for name, value in own.items():
+                if f"{route}_{name}" in joined:
+                    raise ValueError(
+                        f"Two scores are called '{route}_{name}': a metric of the route "
+                        f"'{self.routes[0]}', and '{name}' of the route '{route}'. Rename the "
+                        "average, or give the metric another name."
+                    )
+                joined[f"{route}_{name}"] = value
         return joined
 
     def _build_on_batch(self, data):

@@ -1,4 +1,4 @@
-"""A model that evaluates and predicts through the average, the raw model or both."""
+"""A model that evaluates and predicts through an average, the raw model or both."""
 
 import contextlib
 import contextvars
@@ -7,7 +7,7 @@ import keras
 from keras import tree
 
 from polyak_model.backend import keras_internals
-from polyak_model.inference import export, router
+from polyak_model.inference import export
 from polyak_model.inference.own_methods import given, redirected
 from polyak_model.saving.saveable_model import SaveableModel
 
@@ -43,15 +43,20 @@ class RoutedModel(SaveableModel):
 
     @inference.setter
     def inference(self, route):
-        self._inference = router.check_route("inference", route)
+        self._inference = self._router.check_route("inference", route)
+
+    @property
+    def reported(self):
+        """The routes that `evaluate` reports, a tuple; the first has plain names in the logs."""
+        return self._router.check_report(self.report, self.inference)
 
     def _reported(self, using):
         if using is None:
-            return router.check_report(self.report, self.inference)
-        return (router.check_route("using", using),)
+            return self.reported
+        return (self._router.check_route("using", using),)
 
     def _predicting(self, using):
-        return self.inference if using is None else router.check_route("using", using)
+        return self.inference if using is None else self._router.check_route("using", using)
 
     def _method(self, model, name):
         # The raw and the average model have the methods of the user's class; joint models do not.
@@ -206,9 +211,10 @@ class RoutedModel(SaveableModel):
 
         Args:
             x: As in `keras.Model.evaluate`, like all arguments but `using`.
-            using: `"average"`, `"raw"` or `"ensemble"`: the route for this call
-                alone, whose metrics then have plain names. Defaults to None:
-                `inference`, and the routes of `report` with it.
+            using: `"average"` or the name of an average, `"raw"` or
+                `"ensemble"`: the route for this call alone, whose metrics then
+                have plain names. Defaults to None: `inference`, and the routes
+                of `report` with it.
 
         Returns:
             A list of the loss and metrics, or a dict with `return_dict=True`.

@@ -9,38 +9,8 @@ from keras import tree
 from polyak_model import backend
 from polyak_model.average.cloning import copy_unshared
 from polyak_model.backend import keras_internals
-from polyak_model.errors import check_choice
+from polyak_model.inference import routes
 from polyak_model.inference.joint_model import JointModel, build_metrics
-
-ROUTES = ("average", "raw", "ensemble")
-
-
-def check_route(name, route):
-    """Returns `route`, or raises `ValueError` if it is none.
-
-    Args:
-        name: Name of the argument, for the message.
-        route: What was passed.
-    """
-    return check_choice(name, route, ROUTES)
-
-
-def check_report(report, inference):
-    """Returns the routes that `evaluate` reports, the default route first.
-
-    Args:
-        report: Routes, or None for the default route alone.
-        inference: The default route.
-    """
-    if report is None:
-        return (inference,)
-    if isinstance(report, str):
-        raise ValueError(
-            "`report` must be a list or tuple of routes, e.g. ('average', 'raw', 'ensemble'). "
-            f"Received: report={report!r}. For one route write report=({report!r},)."
-        )
-    routes = [check_route("report", route) for route in report]
-    return tuple(dict.fromkeys([inference, *routes]))
 
 
 class Router:
@@ -52,7 +22,7 @@ class Router:
 
     Args:
         raw: The raw model.
-        shadow: The `Shadow` of the average.
+        shadow: The `Shadow` with the averages.
         combine: How the ensemble joins outputs.
         prepare: Called with each batch before it is used.
     """
@@ -64,20 +34,33 @@ class Router:
         self._prepare = prepare
         self._predictors, self._evaluators = {}, {}
         self._lock = threading.Lock()
-        self._keep_average_from_xla()
+        self._keep_averages_from_xla()
 
-    def _keep_average_from_xla(self):
-        # XLA cannot compile a function that reaches across devices, and the average predicts by
+    def _keep_averages_from_xla(self):
+        # XLA cannot compile a function that reaches across devices, and an average predicts by
         # itself. What it was compiled with, which is saved, stays.
         if self.shadow.device is not None:
-            self.shadow.model.jit_compile = False
+            for model in self.shadow.models:
+                model.jit_compile = False
+
+    @property
+    def models(self):
+        """The models by route; the ensemble has none of its own."""
+        averages = {name: average.model for name, average in self.shadow.averages.items()}
+        return {**averages, "raw": self.raw}
+
+    def check_route(self, argument, route):
+        """Returns the name of a route, see `routes.check_route`."""
+        return routes.check_route(argument, route, self.shadow.averages)
+
+    def check_report(self, report, inference):
+        """Returns the routes to report, see `routes.check_report`."""
+        return routes.check_report(report, inference, self.shadow.averages)
 
     def predictor(self, route):
         """Returns the model that predicts through a route."""
-        if route == "raw":
-            return self.raw
-        if route == "average" and self.shadow.started:
-            return self.shadow.model
+        if route == "raw" or (route != "ensemble" and self.shadow.started):
+            return self.models[route]
         return self.server(route)
 
     def server(self, route):
@@ -85,38 +68,38 @@ class Router:
         # Called without, layers such as RandomFlip would augment what is served.
         return self._joint(self._predictors, (route,), self._compile_predictor)
 
-    def evaluator(self, routes):
+    def evaluator(self, used):
         """Returns the model that evaluates through several routes in one pass.
 
         Args:
-            routes: Tuple of routes; the logs of the first have plain names.
+            used: Tuple of routes; the logs of the first have plain names.
         """
-        if routes == ("raw",):
+        if used == ("raw",):
             return self.raw
-        return self._joint(self._evaluators, routes, self._compile_evaluator)
+        return self._joint(self._evaluators, used, self._compile_evaluator)
 
-    def step(self, name, routes, data):
+    def step(self, name, used, data):
         """Runs a step of the model of some routes.
 
         Args:
             name: `"test_step"`, with a tuple of routes, or `"predict_step"`, with
                 one route.
-            routes: See `name`.
+            used: See `name`.
             data: The batch.
         """
         self._prepare(data)
-        model = self.evaluator(routes) if name == "test_step" else self.predictor(routes)
+        model = self.evaluator(used) if name == "test_step" else self.predictor(used)
         return backend.call_step(model, name, data)
 
-    def _joint(self, models, routes, compile_model):
+    def _joint(self, made, used, compile_model):
         with self._lock:
-            if routes not in models:
+            if used not in made:
                 with backend.strategy_scope(self.raw):
-                    own = {"raw": self.raw, "average": self.shadow.model}
-                    model = JointModel(routes, own, self.combine, self._prepare)
+                    members = ("raw", self.shadow.first.name)
+                    model = JointModel(used, self.models, members, self.combine, self._prepare)
                     compile_model(model)
-                models[routes] = model
-            return models[routes]
+                made[used] = model
+            return made[used]
 
     def _compile_predictor(self, model):
         model.compile_routes(self._execution())
@@ -126,7 +109,7 @@ class Router:
 
         def make_arguments(route):
             # A metric or loss may refer to layers of the model that it scores.
-            scored = self.shadow.model if route == "average" else self.raw
+            scored = self.models.get(route, self.raw)
             copies = copy_unshared(arguments, self.raw, scored)
             for copy in tree.flatten(copies):
                 if isinstance(copy, keras.Metric):
@@ -144,13 +127,19 @@ class Router:
         }
 
     def compile(self, args=(), kwargs=None):
-        """Compiles the average model like the raw model, for evaluation.
+        """Compiles the average models like the raw model, for evaluation.
 
         Args:
             args: Arguments of the raw model's `compile`, if it has its own.
             kwargs: Keyword arguments likewise; None where they are not known.
         """
-        raw, average = self.raw, self.shadow.model
+        for model in self.shadow.models:
+            self._compile_average(model, args, kwargs)
+        self._keep_averages_from_xla()
+        self._predictors, self._evaluators = {}, {}
+
+    def _compile_average(self, average, args, kwargs):
+        raw = self.raw
         settings = keras_internals.compile_arguments(raw)
         # Keras cannot load a model that was compiled without an optimizer; plain SGD has no state.
         settings["optimizer"] = keras.optimizers.SGD()
@@ -161,8 +150,6 @@ class Router:
             average.compile(**copy_unshared(settings, raw, average))
         else:
             average.compiled = False  # It may have compiled itself, with its defaults.
-        self._keep_average_from_xla()
-        self._predictors, self._evaluators = {}, {}
 
     def check_arguments(self, arguments):
         """Raises `ValueError` if arguments of `compile` cannot be copied for the average."""
@@ -176,9 +163,10 @@ class Router:
         """
         build_metrics(self.raw, [self.raw], [self.raw], data)
 
-    def check_scores(self, routes):
-        """Raises `ValueError` unless all of `routes` can be evaluated."""
-        if "average" in routes and not self.shadow.model.compiled:
+    def check_scores(self, used):
+        """Raises `ValueError` unless all routes in `used` can be evaluated."""
+        averages = [self.shadow.averages[name] for name in used if name in self.shadow.averages]
+        if any(not average.model.compiled for average in averages):
             raise ValueError(
                 f"{type(self.raw).__name__} has a `compile` of its own, whose arguments Keras does "
                 "not record. Received: a model that was compiled before it was wrapped. Call "
@@ -186,12 +174,12 @@ class Router:
                 "evaluated too."
             )
         method = self._own_scoring()
-        if "ensemble" in routes and method is not None:
+        if "ensemble" in used and method is not None:
             raise ValueError(
                 f"The ensemble cannot be evaluated: {type(self.raw).__name__} has a `{method}` of "
-                f"its own, which scores the outputs of one model. Received: routes {routes}. "
-                "Evaluate the routes 'average' and 'raw', or use predict(using='ensemble') and "
-                "score its outputs yourself."
+                f"its own, which scores the outputs of one model. Received: routes {used}. "
+                f"Evaluate the routes {self.shadow.first.name!r} and 'raw', or use "
+                "predict(using='ensemble') and score its outputs yourself."
             )
 
     def _own_scoring(self):

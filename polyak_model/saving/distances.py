@@ -33,12 +33,13 @@ class Distance(typing.NamedTuple):
         return self.distance / self.norm
 
 
-def measure_distances(weights, wrapper):
+def measure_distances(weights, raw, average):
     """Computes the distance between average and raw weights of each layer, block by block.
 
     Args:
         weights: A `WeightFile`.
-        wrapper: A `Wrapper` in it.
+        raw: Path of the group of the raw model.
+        average: Path of the group of the average model.
 
     Returns:
         List of `Distance`, one for each layer with float variables, which are
@@ -48,8 +49,7 @@ def measure_distances(weights, wrapper):
         InputError: If the two models differ in their variables, or the file is
             damaged.
     """
-    raw, _ = split_variables(weights, wrapper.raw)
-    average, _ = split_variables(weights, wrapper.average)
+    (raw, _), (average, _) = (split_variables(weights, group) for group in (raw, average))
     for name in sorted(raw.keys() | average.keys()):
         shapes = [each[name].shape if name in each else None for each in (raw, average)]
         if shapes[0] != shapes[1]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from polyak_model.saving import layout
-from polyak_model.saving.wrapper_reader import find_whole_wrapper
+from polyak_model.saving.wrapper_reader import find_whole_wrapper, read_rules
 from polyak_model.weight_files.combine import copy
 from polyak_model.weight_files.keras_archive import CONFIG
 from polyak_model.weight_files.output import writing
@@ -11,7 +11,6 @@ from polyak_model.weight_files.refusal import refusal
 from polyak_model.weight_files.training_state import is_inside
 from polyak_model.weight_files.writer import create_groups, created_weights
 
-CONTENTS = ("average", "raw")
 # As in `average_model.save`: plain SGD has no state to lose, and Keras evaluates no model that was
 # saved without an optimizer.
 _SGD = {
@@ -24,13 +23,14 @@ _SGD_STATE = {"optimizer/vars/0": np.int64(0), "optimizer/vars/1": np.float32(0.
 
 
 def extract(weights, contents, output):
-    """Writes the average or the raw model to a file of its own.
+    """Writes an average model or the raw model to a file of its own.
 
     Args:
         weights: A `WeightFile` of a PolyakModel.
-        contents: `"average"` or `"raw"`. In a `.keras` file, the average model
-            is compiled for evaluation, with plain SGD and the loss and metrics
-            of the raw model; the raw one keeps its optimizer with its state.
+        contents: `"average"` for the first average, the name of another one, or
+            `"raw"`. In a `.keras` file, an average model is compiled for
+            evaluation, with plain SGD and the loss and metrics of the raw model;
+            the raw one keeps its optimizer with its state.
         output: Path of a `.weights.h5` file; or of a `.keras` file, if `weights`
             is one.
 
@@ -38,14 +38,14 @@ def extract(weights, contents, output):
         InputError: If the file cannot be used or the output cannot be written;
             what was at `output` is unchanged then.
     """
-    group = getattr(find_whole_wrapper(weights), contents)
+    group = _find_group(weights, contents)
     groups = _inside(group, weights.attributes)
     names = _inside(group, weights.variables)
     config, state = None, {}
     if str(output).endswith(".keras"):
         config = _model_config(weights)
         compilation = config.get("compile_config", {})
-        if contents == "average" and layout.OPTIMIZER in compilation:
+        if contents != "raw" and layout.OPTIMIZER in compilation:
             compilation[layout.OPTIMIZER] = _SGD
             if "optimizer/inner_optimizer" in groups.values():
                 # Under mixed precision Keras would wrap it in a LossScaleOptimizer.
@@ -64,6 +64,21 @@ def extract(weights, contents, output):
         copy(weights, names, file)
         for name, array in state.items():
             file[name] = array
+
+
+def _find_group(weights, contents):
+    wrapper = find_whole_wrapper(weights)
+    if contents == "raw":
+        return wrapper.raw
+    names = list(read_rules(weights, wrapper))
+    name = names[0] if contents == layout.ONLY else contents
+    if name not in names:
+        raise refusal(
+            weights.path,
+            f"it contains no average called {contents!r}",
+            f"Its contents are {', '.join([*names, 'raw'])}",
+        )
+    return wrapper.averages[name]
 
 
 def _inside(group, names):

@@ -3,18 +3,24 @@
 A file of weights has these groups; in a `.keras` file they are in its
 `model.weights.h5`:
 
-    average_model/...               the average model, as Keras saves it
-    layers/<raw model>/...          the raw model with its optimizer
-    layers/shadow/vars/0            int64, the optimizer steps since averaging started
-    layers/shadow/vars/1            int64, the fingerprint of the newest iterate, or 0
-    layers/shadow/vars/2, ...       master copies and residuals of the average
-    layers/shadow/vars/seed_0, ...  states of seed generators, of the raw model first
-    layers/shadow/vars/description  uint8, the description as JSON
+    vars/description              uint8, the description as JSON
+    averages/<name>/...           each average model, as Keras saves it
+    raw_model/...                 the raw model with its optimizer
+    shadow/vars/step              integer, the optimizer steps since averaging started
+    shadow/vars/fingerprint       integer, the fingerprint of the newest iterate, or 0
+    shadow/vars/<name>.origin     integer, the step at which the average was added, or 0
+    shadow/vars/<name>.master.3   master copy of the average of the raw weight number 3
+    shadow/vars/<name>.residual.3 its residual, if averages are compensated
+    shadow/vars/<name>.seed_0     state of a seed generator; of the raw model, `raw.seed_0`
 
-The group `shadow` is named by Keras after the class `Shadow`, the raw model's
-after its class; of two equal names the second ends in `_1`. The description has
-the keys `format`, `version`, `run`, `rule` and `weights`. Files of every format
-up to `FORMAT` can be loaded.
+A single average is called `average`. The description has the keys `format`,
+`version`, `run`, `averages` (rules by name, the first average first),
+`compensated` and `weights`.
+
+In format 1, the groups of a single average were `average_model`, `layers/<class
+of the raw model>` and `layers/shadow`, named by Keras after the class `Shadow`;
+of two equal names the second ends in `_1`. The description was in the latter,
+with the key `rule`. Files of every format up to `FORMAT` can be loaded.
 """
 
 import json
@@ -26,32 +32,60 @@ import numpy as np
 
 import polyak_model
 
-FORMAT = 1
-AVERAGE = "average_model"
-LAYERS = "layers"
+FORMAT = 2
+AVERAGES = "averages"
+RAW = "raw_model"
+STATE = "shadow"
 OPTIMIZER = "optimizer"
-STATE = re.compile(r"shadow(_\d+)?")
-STEP = "0"
 DESCRIPTION = "description"
+STEP = "step"
+FINGERPRINT = "fingerprint"
+# The name of a single average.
+ONLY = "average"
+# Groups of format 1, and the name of the step.
+AVERAGE_1 = "average_model"
+LAYERS_1 = "layers"
+STATE_1 = re.compile(r"shadow(_\d+)?")
+STEP_1 = "0"
 # Keys of the config in a `.keras` file.
 CONFIG_MODEL = "model"
 CONFIG_RULE = "average"
 
 
-def seed_name(index):
+def average_group(name):
+    """Returns the group of an average model."""
+    return f"{AVERAGES}/{name}"
+
+
+def origin_name(average):
+    """Returns the name of the origin of an average in the state group."""
+    return f"{average}.origin"
+
+
+def master_name(average, index):
+    """Returns the name of a master copy in the state group."""
+    return f"{average}.master.{index}"
+
+
+def residual_name(average, index):
+    """Returns the name of a residual in the state group."""
+    return f"{average}.residual.{index}"
+
+
+def seed_name(owner, index):
     """Returns the name of the state of a seed generator in the state group."""
-    return f"seed_{index}"
+    return f"{owner}.seed_{index}"
 
 
 def variable_path(group, name):
-    """Returns the path of a variable of a group.
+    """Returns the path of a variable of a group, "" for the whole file.
 
     Example:
 
-    >>> variable_path("layers/shadow", STEP)
-    'layers/shadow/vars/0'
+    >>> variable_path("shadow", STEP), variable_path("", DESCRIPTION)
+    ('shadow/vars/step', 'vars/description')
     """
-    return f"{group}/vars/{name}"
+    return f"{group}/vars/{name}".removeprefix("/")
 
 
 def new_run():
@@ -63,12 +97,13 @@ def new_run():
     return uuid.uuid4().hex
 
 
-def describe(rule, run, weights):
-    """Returns the description of an average.
+def describe(rules, run, compensated, weights):
+    """Returns the description of averages.
 
     Args:
-        rule: The rule as Keras serializes it, a dict.
+        rules: Dict with the rule of each average, as Keras serializes it.
         run: A string, see `new_run`.
+        compensated: Bool. Whether averages have residuals.
         weights: The weights of the raw model.
 
     Returns:
@@ -78,7 +113,8 @@ def describe(rule, run, weights):
         "format": FORMAT,
         "version": polyak_model.__version__,
         "run": run,
-        "rule": rule,
+        "averages": rules,
+        "compensated": compensated,
         "weights": [[weight.path, list(weight.shape), str(weight.dtype)] for weight in weights],
     }
 
@@ -95,7 +131,8 @@ def decode(array):
         array: A uint8 array as returned by `encode`.
 
     Returns:
-        A dict with the keys `format`, `version`, `run`, `rule` and `weights`.
+        A dict, see `describe`; one of format 1 has the key `rule` instead of
+        `averages` and `compensated`.
 
     Raises:
         ValueError: If the array contains no description, or one of a newer
@@ -103,7 +140,8 @@ def decode(array):
 
     Example:
 
-    >>> description = describe({"class_name": "UniformAverage"}, run="4f2a", weights=[])
+    >>> rules = {"short": {"class_name": "UniformAverage"}}
+    >>> description = describe(rules, run="4f2a", compensated=False, weights=[])
     >>> decode(encode(description)) == description
     True
     """
@@ -111,14 +149,18 @@ def decode(array):
         description = json.loads(np.asarray(array, "uint8").tobytes())
         number, version = description["format"], description["version"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise _damaged(repr(error)) from error
+        raise damaged(repr(error)) from error
     check_format(number, version)
-    for key, kind in (("run", str), ("rule", dict), ("weights", list)):
+    own = {"rule": dict} if number == 1 else {"averages": dict, "compensated": bool}
+    for key, kind in ({"run": str, "weights": list} | own).items():
         if not isinstance(description.get(key), kind):
-            raise _damaged(f"{key!r} is {description.get(key)!r}")
+            raise damaged(f"{key!r} is {description.get(key)!r}")
+    for name, rule in description.get("averages", {}).items():
+        if not name.isidentifier() or not isinstance(rule, dict):
+            raise damaged(f"'averages' contains {name!r}: {rule!r}")
     for entry in description["weights"]:
         if not _describes_weight(entry):
-            raise _damaged(f"'weights' contains {entry!r}")
+            raise damaged(f"'weights' contains {entry!r}")
     return description
 
 
@@ -134,7 +176,8 @@ def _describes_weight(entry):
     )
 
 
-def _damaged(problem):
+def damaged(problem):
+    """Returns the error for a file whose description is damaged."""
     return ValueError(
         f"The description of the average in the file is damaged: {problem[:200]}. Use another file."
     )
@@ -151,12 +194,54 @@ def check_format(number, version="of a later date"):
         ValueError: If the format is newer than `FORMAT`, or is not an int.
     """
     if not isinstance(number, int):
-        raise _damaged(f"'format' is {number!r}")
+        raise damaged(f"'format' is {number!r}")
     if number > FORMAT:
         raise ValueError(
             f"The file has format {number}, written by polyak_model {version}; expected at most "
             f"{FORMAT}, the format of polyak_model {polyak_model.__version__}. Upgrade with "
             "pip install --upgrade polyak_model"
+        )
+
+
+def check_names(description, names):
+    """Checks that a file and a model have an average in common.
+
+    Args:
+        description: A dict returned by `decode`.
+        names: The names of the averages of the model.
+
+    Raises:
+        ValueError: If they have none.
+    """
+    saved = list(description["averages"])
+    if not set(saved).intersection(names):
+        raise ValueError(
+            f"The file contains the {_listed(saved)}, the model has the {_listed(names)}: none in "
+            "common. Wrap the model with the names of the file; those that only one of them has "
+            "may differ. The raw model alone is loaded by model.raw_model.load_weights, from a "
+            "file that `polyak-model extract --contents raw` writes."
+        )
+
+
+def _listed(names):
+    return f"average{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+
+
+def check_compensated(description, compensated):
+    """Checks that both a file and a model are compensated, or none.
+
+    Args:
+        description: A dict returned by `decode`.
+        compensated: Bool, as in `PolyakModel`.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    saved = description["compensated"]
+    if saved != compensated:
+        raise ValueError(
+            f"The file was written by a model with compensated={saved}. Received: a model with "
+            f"compensated={compensated}. Wrap the model with compensated={saved}."
         )
 
 

@@ -1,6 +1,7 @@
 """A model whose files are written atomically, and loaded as a whole or not at all."""
 
 import contextlib
+import contextvars
 import math
 import os
 
@@ -12,8 +13,12 @@ from polyak_model.backend.common import optimizers_of
 from polyak_model.errors import InputError
 from polyak_model.saving import layout
 from polyak_model.saving.backup_and_restore import Backups
+from polyak_model.saving.wrapper_reader import find_wrappers, read_description
 from polyak_model.weight_files.atomic_write import atomic_file
 from polyak_model.weight_files.reader import open_weights
+
+# The model whose attributes Keras visits next to save or load them, and their names.
+_visited = contextvars.ContextVar("visited", default=(None, ()))
 
 
 class SaveableModel(keras.Model):
@@ -50,10 +55,34 @@ class SaveableModel(keras.Model):
             with atomic_file(filepath, size_in_file(self)) as partial:
                 save(partial, **kwargs)
 
+    def __dir__(self):
+        # Keras visits the attributes that `dir` lists, right after it has called one of the two
+        # methods below, and names groups after them.
+        model, names = _visited.get()
+        if model is not self:
+            return super().__dir__()
+        _visited.set((None, ()))
+        return names
+
     def save_own_variables(self, store):
         # Also as a part of a larger model, which Keras saves.
         self.shadow.catch_up()
-        super().save_own_variables(store)
+        store[layout.DESCRIPTION] = layout.encode(self.shadow.describe())
+        groups = map(layout.average_group, self.shadow.averages)
+        _visited.set((self, [*groups, layout.RAW, layout.STATE]))
+
+    def load_own_variables(self, store):
+        _visited.set((self, ()))  # Nothing is loaded if this fails.
+        if layout.DESCRIPTION not in set(store.keys()):
+            _visited.set((self, [layout.AVERAGE_1, layout.LAYERS_1]))
+            return
+        described = layout.decode(store[layout.DESCRIPTION])
+        layout.check_names(described, list(self.shadow.averages))
+        layout.check_compensated(described, self.shadow.compensated)
+        self.shadow.described = described
+        common = [name for name in described["averages"] if name in self.shadow.averages]
+        groups = map(layout.average_group, common)
+        _visited.set((self, [*groups, layout.RAW, layout.STATE]))
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """Saves the weights of both models, the optimizer and the step, in `.weights.h5`.
@@ -102,31 +131,37 @@ class SaveableModel(keras.Model):
     def _check_file(self, filepath, skip_mismatch):
         try:
             with open_weights(filepath) as file:
-                paths = tuple(file.variables)
-                described = [path for path in paths if path.endswith(f"/vars/{layout.DESCRIPTION}")]
-                arrays = [file.variables[path].read() for path in described]
+                wrapper = next((each for each in find_wrappers(file) if not each.path), None)
+                description = wrapper and read_description(file, wrapper)
+                optimizer = f"{wrapper.raw}/{layout.OPTIMIZER}/" if wrapper else ""
+                saved = [path for path in file.variables if path.startswith(optimizer)]
         except InputError as error:
             # As Keras does, so that BackupAndRestore falls back on an older file.
             raise OSError(str(error)) from error
-        if not any(path.startswith(f"{layout.AVERAGE}/") for path in paths):
+        except ValueError as error:
+            raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
+        if wrapper is None:
             raise ValueError(
                 f"{str(filepath)!r} contains no average: it was saved from a plain model. Load it "
                 "into the raw model, model.raw_model.load_weights(...), and forget the past with "
                 "model.reset_average()."
             )
-        for array in arrays:
+        if description is not None:
             try:
-                description = layout.decode(array)
-                if not skip_mismatch:
-                    layout.check_weights(description, self.raw_model.weights)
+                self._check_description(description, skip_mismatch)
             except ValueError as error:
                 raise ValueError(f"Cannot load {str(filepath)!r}. {error}") from error
-        # The optimizer is in the group of the raw model. Keras loads no state into one without any.
-        place = [layout.LAYERS, layout.OPTIMIZER]
-        saved = [path for path in paths if path.split("/")[:3:2] == place]
+        # Keras loads no state into an optimizer without any.
         optimizer = self.optimizer if self.compiled else None
         if optimizer is not None and len(saved) > len(optimizer.variables):
             self._build_optimizer()
+
+    def _check_description(self, description, skip_mismatch):
+        if not skip_mismatch:
+            layout.check_weights(description, self.raw_model.weights)
+        if "averages" in description:
+            layout.check_names(description, list(self.shadow.averages))
+            layout.check_compensated(description, self.shadow.compensated)
 
     @contextlib.contextmanager
     def _unchanged_on_failure(self):

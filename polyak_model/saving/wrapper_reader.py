@@ -2,8 +2,8 @@
 
 import typing
 
+from polyak_model.errors import InputError
 from polyak_model.saving import layout
-from polyak_model.weight_files.keras_archive import parse_json
 from polyak_model.weight_files.refusal import refusal
 
 _LONGEST_DESCRIPTION = 4 * 2**20
@@ -14,15 +14,18 @@ class Wrapper(typing.NamedTuple):
 
     Attributes:
         path: The group of the PolyakModel; "" if it is the whole file.
-        average: The group of the average model.
+        averages: Dict with the group of each average model, by name.
         raw: The group of the raw model.
-        state: The group of the step, the description and the residuals.
+        state: The group of the step, of master copies and of residuals.
+        description: The path of the description, which files of an early
+            version lack.
     """
 
     path: str
-    average: str
+    averages: dict
     raw: str
     state: str
+    description: str
 
 
 def find_wrappers(weights):
@@ -38,20 +41,39 @@ def find_wrappers(weights):
     Example:
 
     >>> from polyak_model.weight_files.reader import WeightFile
-    >>> groups = dict.fromkeys(["", "average_model", "layers/dense_net", "layers/shadow"], {})
-    >>> find_wrappers(WeightFile("a.weights.h5", ".weights.h5", {}, groups))
-    [Wrapper(path='', average='average_model', raw='layers/dense_net', state='layers/shadow')]
+    >>> groups = dict.fromkeys(["averages", "averages/short", "raw_model", "shadow"], {})
+    >>> (wrapper,) = find_wrappers(WeightFile("a.weights.h5", ".weights.h5", {}, groups))
+    >>> wrapper.averages, wrapper.raw
+    ({'short': 'averages/short'}, 'raw_model')
     """
     found = []
-    for average in sorted(weights.attributes):
-        path, _, name = average.rpartition("/")
-        if name == layout.AVERAGE:
-            layers = _children(weights, _join(path, layout.LAYERS))
-            state = _find_state(weights, layers)
-            raw = [layer for layer in layers if layer != state]
-            if state and len(raw) == 1:
-                found.append(Wrapper(path, average, raw[0], state))
-    return sorted(found)
+    for group in weights.attributes:
+        path, _, name = group.rpartition("/")
+        if name == layout.AVERAGES:
+            found.append(_find_groups(weights, path))
+        elif name == layout.AVERAGE_1:
+            found.append(_find_groups_of_format_1(weights, path))
+    return sorted(filter(None, found), key=lambda wrapper: wrapper.path)
+
+
+def _find_groups(weights, path):
+    names = [layout.AVERAGES, layout.RAW, layout.STATE]
+    averages, raw, state = (_join(path, name) for name in names)
+    if raw not in weights.attributes or state not in weights.attributes:
+        return None
+    groups = {group.rpartition("/")[2]: group for group in _children(weights, averages)}
+    description = layout.variable_path(path, layout.DESCRIPTION)
+    return Wrapper(path, groups, raw, state, description)
+
+
+def _find_groups_of_format_1(weights, path):
+    layers = _children(weights, _join(path, layout.LAYERS_1))
+    state = _find_state_of_format_1(weights, layers)
+    raw = [layer for layer in layers if layer != state]
+    if not state or len(raw) != 1:
+        return None
+    averages = {layout.ONLY: _join(path, layout.AVERAGE_1)}
+    return Wrapper(path, averages, raw[0], state, _description_of_format_1(state))
 
 
 def find_whole_wrapper(weights):
@@ -110,39 +132,78 @@ def read_step(weights, wrapper):
     Raises:
         InputError: If the file does not contain it.
     """
-    step = weights.variables.get(layout.variable_path(wrapper.state, layout.STEP))
-    if step is None or step.shape != () or step.dtype != "int64":
+    name = layout.STEP if _is_named(weights, wrapper) else layout.STEP_1
+    step = weights.variables.get(layout.variable_path(wrapper.state, name))
+    if step is None or step.shape != () or step.dtype not in ("int32", "int64"):
         raise refusal(weights.path, f"{wrapper.state!r} does not contain the step of the average")
     return int(step.read())
 
 
-def read_rule(weights, wrapper):
-    """Reads the averaging rule.
+def read_description(weights, wrapper):
+    """Reads the description of the averages.
 
     Args:
         weights: A `WeightFile`.
         wrapper: A `Wrapper` in it.
 
     Returns:
-        A dict with `class_name` and `config`; None for a file of weights alone
-        by an early version, which does not contain the rule.
+        A dict, see `layout.decode`; None for a file of an early version, which
+        does not contain it.
+
+    Raises:
+        InputError: If the description cannot be read.
+        ValueError: If it is damaged, or of a newer format.
+    """
+    description = weights.variables.get(wrapper.description)
+    if description is None:
+        return None
+    if description.dtype != "uint8" or description.nbytes > _LONGEST_DESCRIPTION:
+        raise refusal(weights.path, f"{description.name!r} is not the description of a rule")
+    return layout.decode(description.read())
+
+
+def read_rules(weights, wrapper):
+    """Reads the averaging rules.
+
+    Args:
+        weights: A `WeightFile`.
+        wrapper: A `Wrapper` in it.
+
+    Returns:
+        A dict by name of the average, in the order of the model, of dicts with
+        `class_name` and `config`; of None for a file of weights alone by an
+        early version, which does not contain the rule.
 
     Raises:
         InputError: If the description is damaged.
     """
-    description = weights.variables.get(_description(wrapper.state))
+    try:
+        description = read_description(weights, wrapper)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"Cannot use {str(weights.path)!r}. {error}") from error
     if description is not None:
-        if description.dtype != "uint8" or description.nbytes > _LONGEST_DESCRIPTION:
-            raise refusal(weights.path, f"{description.name!r} is not the description of a rule")
-        text = description.read().tobytes()
-        rule = parse_json(text, f"its {description.name!r}", weights.path).get("rule")
+        rules = description.get("averages", {layout.ONLY: description.get("rule")})
     elif weights.config is not None and not wrapper.path:
-        rule = _get(weights.config, "config", layout.CONFIG_RULE)
+        rules = {layout.ONLY: _get(weights.config, "config", layout.CONFIG_RULE)}
     else:
-        return None
-    if not isinstance(_get(rule, "class_name"), str) or not isinstance(_get(rule, "config"), dict):
-        raise refusal(weights.path, "it does not describe the averaging rule")
-    return rule
+        return dict.fromkeys(wrapper.averages)
+    for rule in rules.values():
+        if not isinstance(_get(rule, "class_name"), str) or not isinstance(
+            _get(rule, "config"), dict
+        ):
+            raise refusal(weights.path, "it does not describe the averaging rule")
+    if set(rules) != set(wrapper.averages):
+        raise refusal(
+            weights.path,
+            f"it describes the averages {sorted(rules)} and contains {sorted(wrapper.averages)}",
+        )
+    return rules
+
+
+def _is_named(weights, wrapper):
+    return layout.variable_path(wrapper.state, layout.STEP) in weights.variables
 
 
 def _join(path, name):
@@ -158,16 +219,16 @@ def _children(weights, path):
     ]
 
 
-def _find_state(weights, layers):
-    described = [layer for layer in layers if _description(layer) in weights.variables]
+def _find_state_of_format_1(weights, layers):
+    described = [x for x in layers if _description_of_format_1(x) in weights.variables]
     if len(described) == 1:
         return described[0]
     # If the class of the raw model has the same name, the state is the second of the two.
-    named = [layer for layer in layers if layout.STATE.fullmatch(layer.rpartition("/")[2])]
+    named = [layer for layer in layers if layout.STATE_1.fullmatch(layer.rpartition("/")[2])]
     return max(named, key=len, default=None)
 
 
-def _description(state):
+def _description_of_format_1(state):
     return layout.variable_path(state, layout.DESCRIPTION)
 
 

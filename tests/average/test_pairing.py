@@ -57,6 +57,6 @@ def test_each_weight_is_averaged_mirrored_or_copied(copies_statistics):
 
 def test_outside_of_replicas_nothing_is_reduced():
     model = PolyakModel(make_classifier())
-    pairing = model.shadow.pairing
+    pairing = model.shadow.first.pairing
     assert backend.replicas() == 1
     assert pairing.synchronized() is pairing

@@ -20,7 +20,7 @@ def walk(model, values):
 
 
 def read(model):
-    return float(model.shadow.model.get_weights()[0][0, 0])
+    return float(model.shadow.first.model.get_weights()[0][0, 0])
 
 
 def test_an_average_that_is_not_due_stays():

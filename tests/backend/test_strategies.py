@@ -84,7 +84,7 @@ class MeanRecorder(keras.callbacks.Callback):
 
 
 def assert_alike_on_all_replicas(model, expected=2):
-    variables = [*model.shadow.model.weights, *model.shadow.weights]
+    variables = [*model.shadow.first.model.weights, *model.shadow.weights]
     assert any(variable is model.shadow.step for variable in variables)
     for variable in variables:
         first, *others = components(variable)
@@ -197,7 +197,7 @@ def test_resetting_and_applying_act_on_every_replica(strategy, batches):
     fit(model, batches)
     model.reset_average()
     assert model.average_step == 0
-    for w, average in zip(model.raw_model.weights, model.shadow.model.weights, strict=True):
+    for w, average in zip(model.raw_model.weights, model.shadow.first.model.weights, strict=True):
         assert_identical(components(w), components(average))
     fit(model, batches)
     assert model.average_step == 8
@@ -288,7 +288,7 @@ def test_one_device_strategy(batches):
     start, recorder = reduced(model.raw_model), MeanRecorder()
     fit(model, batches, callbacks=[recorder])
     assert "CPU:1" in model.shadow.step.value.device
-    expected = closed_forms.average(model.shadow.rule, start, recorder.iterates)
+    expected = closed_forms.average(model.shadow.first.rule, start, recorder.iterates)
     assert_close(expected, model.average_model.get_weights(), ulps=4)
     assert model.predict(batches[0], verbose=0, using="ensemble").shape == (64, 3)
 

@@ -75,7 +75,7 @@ def test_an_existing_file_is_replaced(run):
         (["wrapper.keras", "-o", "folder"], "'folder': it is a folder"),
         (
             ["wrapper.keras", "-o", "a.keras", "--contents", "both"],
-            "'both' is not one of 'average', 'raw'",
+            "it contains no average called 'both'. Its contents are average, raw",
         ),
         (["none.keras", "-o", "out.keras"], "'none.keras' does not exist"),
         (["broken.csv", "-o", "out.keras"], "its name must end in one of"),

@@ -8,7 +8,7 @@ import sys
 import h5py
 import keras
 import pytest
-from wrappers import KINDS, RULE, describe, make_wrapper
+from wrappers import DESCRIPTION, KINDS, describe, make_wrapper
 
 import polyak_model
 
@@ -50,10 +50,8 @@ def test_the_variables_are_listed_with_their_total(saved, run):
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
 def test_the_rule_the_step_and_the_distances_of_a_wrapper_are_shown(saved, run, ending, tmp_path):
     path = shutil.copy(saved / f"wrapper{ending}", tmp_path)
-    if ending == ".weights.h5":
-        describe(path, text={"rule": RULE})
     text = run("inspect", path)
-    assert text.startswith("The raw model; the average model has the same variables:\n")
+    assert text.startswith("The raw model; averages have the same variables:\n")
     assert read_table(text, "variable")[-1] == ["total", "54"]
     assert "\nOptimizer adam" in text
     assert "\nrule  ExponentialAverage(decay=0.5" in text
@@ -79,9 +77,10 @@ def test_a_wrapper_inside_a_larger_model_is_shown_with_its_path(saved, run):
 
 def test_control_characters_in_names_are_escaped(saved, run, tmp_path):
     path = shutil.copy(saved / "wrapper.weights.h5", tmp_path)
-    describe(path, text={"rule": {"class_name": "\x1b[2J", "config": {"\n": "\x07"}}})
+    rule = {"class_name": "\x1b[2J", "config": {"\n": "\x07"}}
+    describe(path, text=DESCRIPTION | {"averages": {"average": rule}})
     with h5py.File(path, "r+") as file:
-        file["layers/sequential/layers/dense/vars"].attrs["name"] = "\x1b[31m\n[red]red"
+        file["raw_model/layers/dense/vars"].attrs["name"] = "\x1b[31m\n[red]red"
     text = run("inspect", path)
     assert text.replace("\n", "").isprintable()
     assert "\\x1b[31m\\n[red]red" in text
@@ -112,8 +111,8 @@ def test_json_of_a_plain_model_has_no_averages(saved, run):
 def test_json_has_null_for_numbers_that_json_lacks(saved, run, tmp_path):
     path = shutil.copy(saved / "wrapper.weights.h5", tmp_path)
     with h5py.File(path, "r+") as file:
-        file["layers/sequential/layers/dense/vars/0"][...] = 0
-        file["layers/sequential/layers/dense/vars/1"][...] = 0
+        file["raw_model/layers/dense/vars/0"][...] = 0
+        file["raw_model/layers/dense/vars/1"][...] = 0
     text = run("inspect", path, "--json")
     distances = json.loads(text, parse_constant=pytest.fail)["averages"][0]["distances"]
     assert {each["layer"]: each["relative"] for each in distances}["layers/dense"] is None
@@ -154,6 +153,6 @@ def test_other_files_are_refused(refused, tmp_path, name):
 def test_a_file_of_two_models_that_differ_is_refused(saved, refused, tmp_path):
     path = shutil.copy(saved / "wrapper.weights.h5", tmp_path)
     with h5py.File(path, "r+") as file:
-        del file["average_model/layers/dense/vars/1"]
+        del file["averages/average/layers/dense/vars/1"]
     line = refused("inspect", path)
     assert "'layers/dense/vars/1' has shape (4,) in the raw model and None in the average" in line

@@ -11,6 +11,8 @@ from polyak_model import PolyakModel
 
 INPUTS = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
 TARGETS = np.random.default_rng(1).normal(size=(16, 2)).astype("float32")
+# Of an average without rules.
+DESCRIPTION = {"format": 2, "version": "1", "run": "a", "compensated": False, "weights": []}
 RULE = {"class_name": "ExponentialAverage", "config": {"decay": 0.5}}
 
 
@@ -68,13 +70,13 @@ KINDS = {
 }
 
 
-def make_wrapper(kind, **options):
+def make_wrapper(kind, average=0.5, **options):
     """Makes a compiled PolyakModel whose average is far from its raw model after three steps."""
     keras.utils.set_random_seed(0)
     inner = KINDS[kind]()
     inner.compile("adam", "mse", metrics=["mae"], run_eagerly=True)
     inner.optimizer.build(inner.trainable_variables)
-    model = PolyakModel(inner, average=0.5, **options)
+    model = PolyakModel(inner, average, **options)
     generator = np.random.default_rng(0)
     for _ in range(3):
         for variable in inner.weights:
@@ -92,10 +94,10 @@ def save_all(folder):
     return wrappers
 
 
-def describe(path, state="layers/shadow", text=None):
+def describe(path, text=None):
     """Writes the description of an average into a `.weights.h5` file, or removes it."""
     with h5py.File(path, "r+") as file:
-        variables = file[f"{state}/vars"]
+        variables = file["vars"]
         if "description" in variables:
             del variables["description"]
         if text is not None:

@@ -106,6 +106,6 @@ def test_the_raw_route_neither_waits_for_the_average_nor_moves_it():
     model.raw_model.set_weights([w + 1 for w in before])
     expected = model.raw_model(x)
     np.testing.assert_array_equal(model.predict_on_batch(x, using="raw"), expected)
-    for average, w in zip(model.shadow.model.get_weights(), before, strict=True):
+    for average, w in zip(model.shadow.first.model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(average, w)
     np.testing.assert_array_equal(model.predict_on_batch(x, using="average"), expected)

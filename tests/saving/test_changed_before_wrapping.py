@@ -67,7 +67,7 @@ def test_a_model_with_lora_in_attention_loads_and_trains_on(policy, options, tmp
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_same_predictions(loaded, model)
-    for pair in loaded.shadow.pairing.averaged:
+    for pair in loaded.shadow.first.pairing.averaged:
         np.testing.assert_array_equal(keras.ops.cast(pair.target, pair.average.dtype), pair.average)
     assert loaded.get_config()["clone_function"] == model.get_config()["clone_function"]
     loaded.fit(X, Y, batch_size=4, verbose=0)

@@ -21,19 +21,25 @@ def saved(tmp_path_factory):
     return folder, save_all(folder)
 
 
+def measure_first(weights):
+    """Measures the single average of a file."""
+    (wrapper,) = find_wrappers(weights)
+    return measure_distances(weights, wrapper.raw, wrapper.averages["average"])
+
+
 @pytest.fixture
 def measure(tmp_path):
     """Measures a file of one layer with a raw and an average array."""
 
     def measure(raw, average):
         with h5py.File(tmp_path / "pair.weights.h5", "w") as file:
-            for group, array in (("layers/net", raw), ("average_model", average)):
+            for group, array in (("raw_model", raw), ("averages/average", average)):
                 dataset = file.create_dataset(f"{group}/layers/dense/vars/0", data=array)
                 if array.dtype == ml_dtypes.bfloat16:
                     dataset.attrs["dtype"] = "bfloat16"
-            file["layers/shadow/vars/0"] = 1
+            file["shadow/vars/step"] = 1
         with open_weights(tmp_path / "pair.weights.h5") as weights:
-            return measure_distances(weights, *find_wrappers(weights))
+            return measure_first(weights)
 
     return measure
 
@@ -44,7 +50,7 @@ def test_the_raw_and_the_average_model_have_the_same_variables_in_a_file(saved, 
     with open_weights(folder / f"{kind}.keras") as weights:
         (wrapper,) = find_wrappers(weights)
         (raw, _), (average, _) = (
-            split_variables(weights, group) for group in (wrapper.raw, wrapper.average)
+            split_variables(weights, group) for group in (wrapper.raw, wrapper.averages["average"])
         )
         assert {k: v.shape for k, v in raw.items()} == {k: v.shape for k, v in average.items()}
 
@@ -68,7 +74,7 @@ def test_the_distance_is_the_euclidean_norm_of_the_difference(saved, kind, endin
     folder, wrappers = saved
     model = wrappers[kind]
     with open_weights(folder / f"{kind}{ending}") as weights:
-        by_layer = measure_distances(weights, *find_wrappers(weights))
+        by_layer = measure_first(weights)
     total = measure_total(by_layer)
     pairs = zip(model.raw_model.weights, model.average_model.weights, strict=True)
     differences = [np.float64(raw.numpy()) - np.float64(average.numpy()) for raw, average in pairs]
@@ -83,7 +89,7 @@ def test_the_distance_is_the_euclidean_norm_of_the_difference(saved, kind, endin
 def test_the_distance_of_one_layer_is_that_of_its_arrays(saved):
     folder, wrappers = saved
     with open_weights(folder / "sequential.keras") as weights:
-        layers = measure_distances(weights, *find_wrappers(weights))
+        layers = measure_first(weights)
     raw, average = wrappers["sequential"].raw_model, wrappers["sequential"].average_model
     pairs = zip(raw.get_layer("first").weights, average.get_layer("first").weights, strict=True)
     difference = np.concatenate([(np.float64(r) - np.float64(a)).ravel() for r, a in pairs])

@@ -7,9 +7,10 @@ import pytest
 from wrappers import INPUTS, KINDS, TARGETS, make_wrapper, save_all
 
 from polyak_model.errors import InputError
-from polyak_model.saving.extraction import CONTENTS, extract
+from polyak_model.saving.extraction import extract
 from polyak_model.weight_files.reader import open_weights
 
+CONTENTS = ("average", "raw")
 ROUTES = [(kind, contents) for kind in KINDS for contents in CONTENTS]
 
 
@@ -208,7 +209,7 @@ def test_a_config_without_a_model_is_refused(saved, refused, tmp_path, config):
 
 
 def test_a_damaged_vocabulary_is_refused(saved, refused, tmp_path):
-    asset = "assets/average_model/layers/string_lookup/vocabulary.txt"
+    asset = "assets/averages/average/layers/string_lookup/vocabulary.txt"
     source = tmp_path / "odd.keras"
     rewrite(saved[0] / "sequential.keras", source, asset, '"vocabulary"')
     source.write_bytes(source.read_bytes().replace(b'"vocabulary"', b'"vocabularx"'))

@@ -9,7 +9,7 @@ import pytest
 from polyak_model import PolyakModel, PowerAverage, UniformAverage, __version__
 from polyak_model.saving import layout
 
-RULE = keras.saving.serialize_keras_object(UniformAverage(start_step=5))
+RULES = {"late": keras.saving.serialize_keras_object(UniformAverage(start_step=5))}
 
 
 def make_weights(*units):
@@ -34,12 +34,12 @@ def read_tensors(path):
 
     with h5py.File(path) as file:
         file.visititems(visit)
-        description = json.loads(file["layers/shadow/vars/description"][()].tobytes())
-        step = file["layers/shadow/vars/0"][()]
+        description = json.loads(file["vars/description"][()].tobytes())
+        step = file["shadow/vars/step"][()]
     return found, description, step
 
 
-def test_the_groups_names_and_description_of_format_1_are_these(tmp_path):
+def test_the_groups_names_and_description_of_format_2_are_these(tmp_path):
     model = make_wrapper()
     model.save_weights(tmp_path / "a.weights.h5")
     model.save(tmp_path / "a.keras")
@@ -48,39 +48,40 @@ def test_the_groups_names_and_description_of_format_1_are_these(tmp_path):
         config = json.loads(archive.read("config.json"))
     for path in (tmp_path / "a.weights.h5", tmp_path / "model.weights.h5"):
         tensors, description, step = read_tensors(path)
-        state = {name: tensors.pop(name) for name in list(tensors) if "shadow" in name}
+        del tensors["vars/description"]
         assert tensors == {
-            "average_model/layers/dense/vars/0": (2, 3),
-            "average_model/layers/dense/vars/1": (3,),
-            "average_model/optimizer/vars/0": (),
-            "average_model/optimizer/vars/1": (),
-            "layers/sequential/layers/dense/vars/0": (2, 3),
-            "layers/sequential/layers/dense/vars/1": (3,),
-            "layers/sequential/optimizer/vars/0": (),
-            "layers/sequential/optimizer/vars/1": (),
-        }
-        del state["layers/shadow/vars/description"]
-        assert state == {
-            "layers/shadow/vars/0": (),  # The step.
-            "layers/shadow/vars/1": (),  # The fingerprint.
-            "layers/shadow/vars/2": (2, 3),  # A master copy and a residual of each weight.
-            "layers/shadow/vars/3": (2, 3),
-            "layers/shadow/vars/4": (3,),
-            "layers/shadow/vars/5": (3,),
-            "layers/shadow/vars/seed_0": (2,),  # Of the raw model.
-            "layers/shadow/vars/seed_1": (2,),  # Of the average model.
+            "averages/average/layers/dense/vars/0": (2, 3),
+            "averages/average/layers/dense/vars/1": (3,),
+            "averages/average/optimizer/vars/0": (),
+            "averages/average/optimizer/vars/1": (),
+            "raw_model/layers/dense/vars/0": (2, 3),
+            "raw_model/layers/dense/vars/1": (3,),
+            "raw_model/optimizer/vars/0": (),
+            "raw_model/optimizer/vars/1": (),
+            "shadow/vars/step": (),
+            "shadow/vars/fingerprint": (),
+            "shadow/vars/average.origin": (),
+            "shadow/vars/average.master.0": (2, 3),
+            "shadow/vars/average.residual.0": (2, 3),
+            "shadow/vars/average.master.1": (3,),
+            "shadow/vars/average.residual.1": (3,),
+            "shadow/vars/average.seed_0": (2,),
+            "shadow/vars/raw.seed_0": (2,),
         }
         assert step == 1
         assert description == {
-            "format": 1,
+            "format": 2,
             "version": __version__,
             "run": model.shadow.run,
-            "rule": {
-                "module": "polyak_model.rules",
-                "class_name": "PowerAverage",
-                "config": {"gamma": 2.0, "start_step": 0, "update_every": 1},
-                "registered_name": "polyak_model>PowerAverage",
+            "averages": {
+                "average": {
+                    "module": "polyak_model.rules",
+                    "class_name": "PowerAverage",
+                    "config": {"gamma": 2.0, "start_step": 0, "update_every": 1},
+                    "registered_name": "polyak_model>PowerAverage",
+                }
             },
+            "compensated": True,
             "weights": [
                 ["sequential/dense/kernel", [2, 3], "bfloat16"],
                 ["sequential/dense/bias", [3], "bfloat16"],
@@ -88,25 +89,27 @@ def test_the_groups_names_and_description_of_format_1_are_these(tmp_path):
         }
     assert (config["module"], config["class_name"]) == ("polyak_model.model", "PolyakModel")
     assert config["registered_name"] == "polyak_model>PolyakModel"
-    assert config["config"]["format"] == 1
+    assert config["config"]["format"] == 2
     assert config["config"][layout.CONFIG_MODEL]["class_name"] == "Sequential"
-    assert config["config"][layout.CONFIG_RULE] == description["rule"]
+    assert config["config"][layout.CONFIG_RULE] == description["averages"]["average"]
 
 
 def test_the_names_of_the_layout_are_those_in_a_file(tmp_path):
     make_wrapper().save_weights(tmp_path / "a.weights.h5")
     with h5py.File(tmp_path / "a.weights.h5") as file:
-        assert layout.AVERAGE in file
-        (state,) = filter(layout.STATE.fullmatch, file[layout.LAYERS])
-        group = f"{layout.LAYERS}/{state}"
-        for name in (layout.STEP, layout.DESCRIPTION, layout.seed_name(1)):
-            assert layout.variable_path(group, name) in file
+        assert layout.variable_path("", layout.DESCRIPTION) in file
+        assert layout.average_group("average") in file
+        assert layout.RAW in file
+        names = [layout.STEP, layout.FINGERPRINT, layout.origin_name("average")]
+        names += [layout.master_name("average", 1), layout.residual_name("average", 0)]
+        for name in [*names, layout.seed_name("raw", 0)]:
+            assert layout.variable_path(layout.STATE, name) in file
 
 
 def test_a_decoded_description_equals_the_encoded_one():
-    described = layout.describe(RULE, "a run", make_weights(2))
+    described = layout.describe(RULES, "a run", False, make_weights(2))
     assert layout.decode(layout.encode(described)) == described
-    assert described["rule"]["config"]["start_step"] == 5
+    assert described["averages"]["late"]["config"]["start_step"] == 5
     assert [entry[1:] for entry in described["weights"]] == [[[3, 2], "float32"], [[2], "float32"]]
 
 
@@ -119,12 +122,21 @@ def test_two_trainings_never_have_the_same_run_even_with_the_same_seed():
 
 
 def test_a_newer_format_is_refused_with_the_version_that_wrote_it():
-    newer = layout.encode({"format": 2, "version": "9.1"})
-    with pytest.raises(ValueError, match=r"format 2, written by polyak_model 9.1; .* at most 1"):
+    newer = layout.encode({"format": 3, "version": "9.1"})
+    with pytest.raises(ValueError, match=r"format 3, written by polyak_model 9.1; .* at most 2"):
         layout.decode(newer)
 
 
-GOOD = {"format": 1, "version": "1", "run": "a", "rule": {}, "weights": [["k", [3, 2], "float32"]]}
+WEIGHTS = [["k", [3, 2], "float32"]]
+GOOD_1 = {"format": 1, "version": "1", "run": "a", "rule": {}, "weights": WEIGHTS}
+GOOD = {
+    "format": 2,
+    "version": "1",
+    "run": "a",
+    "averages": {"short": {}},
+    "compensated": True,
+    "weights": WEIGHTS,
+}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +151,9 @@ GOOD = {"format": 1, "version": "1", "run": "a", "rule": {}, "weights": [["k", [
         '{"format": "x", "version": "1"}',
         '{"format": Infinity, "version": "1"}',
         *(json.dumps({k: v for k, v in GOOD.items() if k != key}) for key in GOOD),
-        *(json.dumps(GOOD | {key: 7}) for key in ("run", "rule", "weights")),
+        *(json.dumps({k: v for k, v in GOOD_1.items() if k != key}) for key in GOOD_1),
+        *(json.dumps(GOOD | {key: 7}) for key in ("run", "averages", "compensated", "weights")),
+        *(json.dumps(GOOD | {"averages": rules}) for rules in ({"short": 7}, {"a/b": {}})),
         *(
             json.dumps(GOOD | {"weights": [entry]})
             for entry in (7, [], ["k", 3, "f"], ["k", ["3"], "f"], [1, [3], "f"], ["k", [-1], "f"])
@@ -156,7 +170,7 @@ def test_an_intact_description_is_not_refused():
 
 
 def test_another_architecture_is_refused_by_the_first_weight_that_differs():
-    described = json.loads(json.dumps(layout.describe(RULE, "", make_weights(2))))
+    described = json.loads(json.dumps(layout.describe(RULES, "", False, make_weights(2))))
     layout.check_weights(described, make_weights(2))
     with pytest.raises(ValueError, match=r"dense/kernel' has shape \(3, 2\), .* \(3, 4\)"):
         layout.check_weights(described, make_weights(4))

@@ -184,7 +184,7 @@ def test_files_of_every_format_so_far_load(number):
     """Each was written by `write_files` below when its format was new."""
     expected = np.load(FORMATS / f"format-{number}.npz")
     loaded = keras.models.load_model(FORMATS / f"format-{number}.keras")
-    assert loaded.shadow.rule.get_config() == PowerAverage(2).get_config()
+    assert loaded.shadow.first.rule.get_config() == PowerAverage(2).get_config()
     fresh = make_small()
     fresh.load_weights(FORMATS / f"format-{number}.weights.h5")
     for model in (loaded, fresh):

@@ -1,17 +1,18 @@
 import json
+import pathlib
 import shutil
 
 import h5py
 import keras
 import numpy as np
 import pytest
-from wrappers import KINDS, RULE, describe, make_wrapper, save_all
+from wrappers import DESCRIPTION, KINDS, RULE, describe, make_wrapper, save_all
 
 from polyak_model.errors import InputError
-from polyak_model.saving.wrapper_reader import Wrapper, find_wrappers, read_rule, read_step
+from polyak_model.saving.wrapper_reader import Wrapper, find_wrappers, read_rules, read_step
 from polyak_model.weight_files.reader import open_weights
 
-GROUPS = {"sequential": "sequential", "functional": "functional", "nested": "functional"}
+FORMATS = pathlib.Path(__file__).parents[1] / "formats"
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +35,45 @@ def inspect(path, function):
         return function(weights, wrapper)
 
 
+def groups(path):
+    """The groups of a PolyakModel at a path in a file."""
+    averages = {"average": f"{path}averages/average"}
+    return Wrapper(
+        path.rstrip("/"),
+        averages,
+        f"{path}raw_model",
+        f"{path}shadow",
+        f"{path}vars/description",
+    )
+
+
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
-@pytest.mark.parametrize("kind", GROUPS)
-def test_a_wrapper_is_found_in_its_file(saved, kind, ending):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrapper_is_found_in_its_file_whatever_its_class_is_called(saved, kind, ending):
     with open_weights(saved / f"{kind}{ending}") as weights:
-        expected = Wrapper("", "average_model", f"layers/{GROUPS[kind]}", "layers/shadow")
-        assert find_wrappers(weights) == [expected]
+        assert find_wrappers(weights) == [groups("")]
 
 
-@pytest.mark.parametrize("description", [None, {"rule": RULE}])
-def test_a_raw_model_of_a_class_named_shadow_is_not_taken_for_the_state(
-    saved, tmp_path, description
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
+def test_a_wrapper_is_found_in_a_file_of_format_1(ending):
+    with open_weights(FORMATS / f"format-1{ending}") as weights:
+        (wrapper,) = find_wrappers(weights)
+        assert wrapper.averages == {"average": "average_model"}
+        assert (wrapper.raw, wrapper.state) == ("layers/sequential", "layers/shadow")
+        assert read_rules(weights, wrapper)["average"]["class_name"] == "PowerAverage"
+        assert read_step(weights, wrapper) == np.load(FORMATS / "format-1.npz")["step"]
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_a_raw_model_of_a_class_named_shadow_is_not_taken_for_the_state_of_format_1(
+    tmp_path, described
 ):
-    path = shutil.copy(saved / "shadow.weights.h5", tmp_path)
-    describe(path, "layers/shadow_1", description)
-    wrapper = inspect(path, lambda weights, wrapper: wrapper)
+    with h5py.File(tmp_path / "shadow.weights.h5", "w") as file:
+        for name in ("average_model/dense", "layers/shadow/dense", "layers/shadow_1"):
+            file[f"{name}/vars/0"] = 1
+        if described:
+            file["layers/shadow_1/vars/description"] = np.frombuffer(b"{}", "uint8")
+    wrapper = inspect(tmp_path / "shadow.weights.h5", lambda weights, wrapper: wrapper)
     assert (wrapper.raw, wrapper.state) == ("layers/shadow", "layers/shadow_1")
 
 
@@ -56,9 +81,17 @@ def test_a_wrapper_is_found_as_a_part_of_a_larger_model(tmp_path):
     model = keras.Sequential([keras.Input((6,)), make_wrapper("functional")])
     model.save_weights(tmp_path / "larger.weights.h5")
     wrapper = inspect(tmp_path / "larger.weights.h5", lambda weights, wrapper: wrapper)
-    path = "layers/polyak_model"
-    raw, state = f"{path}/layers/functional", f"{path}/layers/shadow"
-    assert wrapper == Wrapper(path, f"{path}/average_model", raw, state)
+    assert wrapper == groups("layers/polyak_model/")
+
+
+def test_the_rules_of_several_averages_are_read_in_the_order_of_the_model(tmp_path):
+    model = make_wrapper("sequential", average={"long": 0.99, "short": 0.9})
+    model.save_weights(tmp_path / "several.weights.h5")
+    rules = inspect(tmp_path / "several.weights.h5", read_rules)
+    assert [(name, rule["config"]["decay"]) for name, rule in rules.items()] == [
+        ("long", 0.99),
+        ("short", 0.9),
+    ]
 
 
 def test_no_wrapper_is_found_in_the_file_of_a_plain_model(tmp_path):
@@ -72,20 +105,13 @@ def test_the_step_is_read(saved, name):
     assert inspect(saved / name, read_step) == 3
 
 
-def test_the_rule_is_read_from_the_config(saved):
-    rule = inspect(saved / "sequential.keras", read_rule)
-    assert rule["class_name"] == "ExponentialAverage"
-    assert rule["config"]["decay"] == 0.5
-
-
 def test_the_rule_is_read_from_the_description(weights_file):
-    describe(weights_file, text={"format": 1, "rule": RULE, "weights": []})
-    assert inspect(weights_file, read_rule) == RULE
+    assert inspect(weights_file, read_rules)["average"]["config"]["decay"] == 0.5
 
 
 def test_a_file_without_a_description_has_no_rule(weights_file):
     describe(weights_file, text=None)
-    assert inspect(weights_file, read_rule) is None
+    assert inspect(weights_file, read_rules) == {"average": None}
 
 
 @pytest.mark.parametrize(
@@ -96,29 +122,31 @@ def test_a_file_without_a_description_has_no_rule(weights_file):
         b"[1]",
         b"[" * 100_000,
         {},
-        {"rule": "uniform"},
-        {"rule": {"class_name": 1, "config": {}}},
-        {"rule": {"class_name": "UniformAverage"}},
+        DESCRIPTION | {"averages": {"average": "uniform"}},
+        DESCRIPTION | {"averages": {"average": {"class_name": 1, "config": {}}}},
+        DESCRIPTION | {"averages": {"average": {"class_name": "UniformAverage"}}},
+        DESCRIPTION | {"averages": {"average": RULE, "other": RULE}},
+        DESCRIPTION | {"averages": {"of/": RULE}},
     ],
-    ids=lambda text: json.dumps(text)[:20] if isinstance(text, dict) else repr(text[:5]),
+    ids=lambda text: json.dumps(text)[-40:] if isinstance(text, dict) else repr(text[:5]),
 )
 def test_a_description_without_a_rule_is_refused(weights_file, text):
     describe(weights_file, text=text)
     with pytest.raises(InputError, match="sequential.weights.h5") as caught:
-        inspect(weights_file, read_rule)
+        inspect(weights_file, read_rules)
     assert "\n" not in str(caught.value)
 
 
 def test_a_description_of_another_dtype_is_refused(weights_file):
     describe(weights_file, text=None)
     with h5py.File(weights_file, "r+") as file:
-        file["layers/shadow/vars/description"] = np.zeros(3)
+        file["vars/description"] = np.zeros(3)
     with pytest.raises(InputError, match="is not the description of a rule"):
-        inspect(weights_file, read_rule)
+        inspect(weights_file, read_rules)
 
 
 def test_a_state_without_a_step_is_refused(weights_file):
     with h5py.File(weights_file, "r+") as file:
-        del file["layers/shadow/vars/0"]
-    with pytest.raises(InputError, match="'layers/shadow' does not contain the step"):
+        del file["shadow/vars/step"]
+    with pytest.raises(InputError, match="'shadow' does not contain the step"):
         inspect(weights_file, read_step)

@@ -167,7 +167,7 @@ def test_evaluation_right_after_training_uses_the_newest_iterate(batches):
     x, _ = batches
     whole, part, iterates, _ = train(once, batches, rule=ExponentialAverage(0.0))
     newest = whole.predict(x, verbose=0)
-    np.testing.assert_array_equal(part.shadow.model.get_weights()[0], iterates[-1][0])
+    np.testing.assert_array_equal(part.shadow.first.model.get_weights()[0], iterates[-1][0])
     part.inference = "raw"
     whole.make_predict_function(force=True)
     np.testing.assert_array_equal(newest, whole.predict(x, verbose=0))
@@ -252,7 +252,7 @@ class MeanTeacher(keras.Model):
             target = self.part(x, training=False)
             predicted = self.part(x + 0.1, training=True)
             loss = self.compute_loss(x, y, predicted) + keras.ops.mean((predicted - target) ** 2)
-        self.averages.append(self.part.shadow.model.get_weights())
+        self.averages.append(self.part.shadow.first.model.get_weights())
         weights = self.trainable_weights
         self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
         return {"loss": loss}

@@ -319,7 +319,7 @@ def test_a_copy_goes_on_as_the_original_does_and_shares_nothing_with_it(make_cop
     model = assert_trains_as_bare(fit, make_without_dropout)
     duplicate = make_copy(model)
     assert duplicate.inference == "raw"
-    assert duplicate.shadow.rule == UniformAverage()
+    assert duplicate.shadow.first.rule == UniformAverage()
     before = model.get_weights()
     fit_in_order(duplicate, batches)
     assert_identical(before, model.get_weights())

@@ -24,7 +24,12 @@ SMALL = 2**17
 FEW = 32
 
 
-def update(pairs, weight):
+def update(updates):
+    for pairs, weight in updates:
+        _update(pairs, weight)
+
+
+def _update(pairs, weight):
     grouped = []
     for pair in pairs:
         if pair.residual is not None:
