@@ -62,17 +62,15 @@ def _load_beside(average, store, names, described):
     weights = average.pairing.raw_model.weights if average.pairing else ()
     fits = layout.has_same_weights(described, weights)
     for index, p in _averaged(average):
-        dtype = described["weights"][index][2] if fits else None
         master = layout.master_name(average.name, index)
         residual = layout.residual_name(average.name, index)
-        is_exact = fits
-        if fits and master in names:
-            value = ops.convert_to_tensor(store[master])
+        value = ops.convert_to_tensor(store[master]) if fits and master in names else None
+        if value is None:
+            is_exact = fits and p.master is None
+        else:
             # Keras merges LoRA into the kernels of a file, but not into the state in this group.
-            is_exact = _is_rounded(value, p.average, dtype)
-        elif p.master is not None:
-            is_exact = False
-        if is_exact and master in names:
+            is_exact = _is_rounded(value, p.average, described["weights"][index][2])
+        if value is not None and is_exact:
             backend.assign([(p.target, value), (p.average, value)])
         elif p.master is not None:
             p.master.assign(p.average)
@@ -83,7 +81,7 @@ def _load_beside(average, store, names, described):
 
 
 def _is_rounded(master, average, dtype):
-    return bool(ops.all(ops.cast(master, dtype) == ops.cast(average, dtype)))
+    return bool(ops.all(ops.cast(ops.cast(master, dtype), average.dtype) == average))
 
 
 def _averaged(average):

@@ -195,6 +195,119 @@ def test_files_of_every_format_so_far_load(number):
             np.testing.assert_allclose(answer, expected[route], rtol=1e-5)
 
 
+def test_a_sequential_model_that_is_rewritten_as_a_functional_one_loads(tmp_path):
+    sequential = make_small()
+    sequential.fit(np.ones((8, 2)), np.ones((8, 3)), verbose=0)
+    sequential.save_weights(tmp_path / "a.weights.h5")
+    inputs = keras.Input((2,))
+    outputs = layers.BatchNormalization()(layers.Dense(3)(inputs))
+    functional = PolyakModel(keras.Model(inputs, outputs), PowerAverage(2))
+    functional.load_weights(tmp_path / "a.weights.h5")
+    assert_identical(functional.get_weights(), sequential.get_weights())
+    assert functional.average_step == 1
+
+
+class Former(keras.Model):
+    """A subclassed net that is renamed later."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+class Renamed(Former):
+    """The same net under its new name."""
+
+
+def train_subclass(kind):
+    inner = kind()
+    inner.compile("sgd", "mse")
+    model = PolyakModel(inner, 0.5)
+    model.fit(np.random.default_rng(0).normal(size=(8, 2)), np.ones((8, 3)), verbose=0)
+    return model
+
+
+@pytest.mark.parametrize("skip_mismatch", [False, True])
+def test_a_model_whose_class_was_renamed_loads_whole(skip_mismatch, tmp_path):
+    model = train_subclass(Former)
+    model.save_weights(tmp_path / "a.weights.h5")
+    loaded = train_subclass(Renamed)
+    loaded.load_weights(tmp_path / "a.weights.h5", skip_mismatch=skip_mismatch)
+    assert_identical(loaded.get_weights(), model.get_weights())
+
+
+@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+def test_what_is_skipped_in_the_raw_model_is_skipped_in_its_averages(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+
+    def train(units):
+        net = [keras.Input((2,)), layers.Dense(4), layers.Dense(units)]
+        inner = keras.Sequential(net)
+        inner.compile("sgd", "mse")
+        model = PolyakModel(inner, {"short": 0.5, "long": 0.9})
+        model.fit(np.ones((8, 2)), np.ones((8, units)), verbose=0)
+        return model
+
+    model, other = train(3), train(5)
+    model.save_weights(tmp_path / "a.weights.h5")
+    before = other.get_weights()
+    with pytest.warns(UserWarning, match="could not be loaded"):
+        other.load_weights(tmp_path / "a.weights.h5", skip_mismatch=True)
+    kinds = {"raw": (model.raw_model, other.raw_model)}
+    kinds |= {n: (model.average_models[n], other.average_models[n]) for n in model.rules}
+    for trained, loaded in kinds.values():
+        assert_identical(loaded.layers[0].get_weights(), trained.layers[0].get_weights())
+    kept = [w for w in other.get_weights() if np.shape(w)[-1:] == (5,)]
+    assert_identical(kept, [w for w in before if np.shape(w)[-1:] == (5,)])
+
+
+PRECISIONS = ["float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]
+
+
+@pytest.mark.parametrize("saved", PRECISIONS)
+@pytest.mark.parametrize("loaded", PRECISIONS)
+def test_weights_saved_under_one_precision_load_under_another(saved, loaded, tmp_path):
+    models = []
+    for policy in (saved, loaded):
+        net = [keras.Input((2,)), layers.Dense(3, dtype=policy)]
+        models.append(PolyakModel(keras.Sequential(net), 0.5, compensated=True))
+        generator = np.random.default_rng(0)
+        for _ in range(3):
+            models[-1].raw_model.set_weights(
+                [generator.normal(size=w.shape) for w in models[-1].raw_model.weights]
+            )
+            models[-1].update_average()
+    first, second = models
+    second.reset_average()
+    first.save_weights(tmp_path / "a.weights.h5")
+    second.load_weights(tmp_path / "a.weights.h5")
+    assert second.average_step == 3
+    for old, new in zip(
+        first.shadow.first.pairing.averaged, second.shadow.first.pairing.averaged, strict=True
+    ):
+        dtype = new.average.dtype
+        np.testing.assert_array_equal(old.raw.numpy().astype(dtype), new.raw.numpy())
+        # The master copy of 16 bits is kept where there is room for it.
+        kept = old.target.numpy().astype(new.target.dtype)
+        lost = old.average.numpy().astype(dtype).astype(new.target.dtype)
+        has_room = old.master is not None or new.master is None
+        np.testing.assert_array_equal(new.target.numpy(), kept if has_room else lost)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_file_with_another_compensation_is_refused(compensated, tmp_path):
+    model = PolyakModel(make_classifier(), compensated=compensated)
+    model.save_weights(tmp_path / "a.weights.h5")
+    other = PolyakModel(make_classifier(), compensated=not compensated)
+    before = state(other)
+    with pytest.raises(ValueError, match=f"written by a model with compensated={compensated}"):
+        other.load_weights(tmp_path / "a.weights.h5")
+    assert_identical(state(other), before)
+
+
 def make_small():
     inner = keras.Sequential([keras.Input((2,)), layers.Dense(3), layers.BatchNormalization()])
     inner.compile("adam", loss="mse")
