@@ -24,9 +24,21 @@ BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 MODES_OF = {"jax": {"eager", "xla"}, "torch": {"eager"}}
 # Modules with laws of all backends. What is about TensorFlow in them is marked so.
 OF_ALL_BACKENDS = {
+    "test_backup_and_restore.py",
+    "test_batch_norm.py",
+    "test_between_fits.py",
+    "test_callbacks.py",
     "test_interface.py",
+    "test_joint_model.py",
+    "test_keras_callbacks.py",
+    "test_larger_model.py",
     "test_laws.py",
+    "test_model.py",
+    "test_optimizers.py",
+    "test_routed_model.py",
+    "test_saveable_model.py",
     "test_shadow.py",
+    "test_threads.py",
     "test_ways_of_training.py",
 }
 

@@ -65,7 +65,13 @@ DATA = {
     "PyDataset": lambda arrays: {"x": Batches(arrays)},
     "PyDataset-with-workers": lambda arrays: {"x": Batches(arrays, workers=2)},
 }
-KINDS = pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+KINDS = pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.tensorflow if "tf" in name else ())
+        for name, make in DATA.items()
+    ],
+)
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ def test_every_kind_of_data_trains_as_it_does_bare(data, weighted):
             **data(weighted),
             epochs=2,
             verbose=0,
-            validation_data=as_tf_data(weighted[:2]),
+            validation_data=weighted[:2],
             callbacks=[recorder],
         )
 
