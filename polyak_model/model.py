@@ -176,6 +176,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
 
         A single average is called `"average"`.
         """
+        backend.sync(self)
         self.shadow.catch_up()
         averages = self.shadow.averages.items()
         return types.MappingProxyType({name: average.model for name, average in averages})
@@ -231,6 +232,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
     @property
     def average_step(self):
         """Int: optimizer steps taken since averaging (re)started."""
+        backend.sync(self)
         self.shadow.detector.detect()
         return self.shadow.steps()
 
@@ -458,6 +460,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         self._router.build_metrics(data)
         self._build_optimizer()
 
+    def _scored(self):
+        return [self.raw_model]
+
     def _build_optimizer(self):
         if self.optimizer is not None and not self.optimizer.built:
             with backend.strategy_scope(self):
@@ -474,6 +479,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         self.raw_model.trainable = value
 
     def call(self, inputs, *args, training=None, **kwargs):
+        backend.sync(self)
         self.shadow.catch_up(training)
         if training:
             return self.raw_model(inputs, *args, **kwargs)
@@ -521,6 +527,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         return step(data)
 
     def make_train_function(self, force=False):
+        backend.sync(self)
         self.shadow.catch_up()
         self.shadow.detector.stop()
         return super().make_train_function(force)

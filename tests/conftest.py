@@ -19,6 +19,28 @@ hypothesis.settings.load_profile("no-deadline")
 TESTS = pathlib.Path(__file__).parent
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
 MODES["graph with shipped thresholds"] = {}
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
+# JAX compiles everything by XLA; on PyTorch, Keras compiles nothing unless told to.
+MODES_OF = {"jax": {"eager", "xla"}, "torch": {"eager"}}
+# Modules with laws of all backends. What is about TensorFlow in them is marked so.
+OF_ALL_BACKENDS = {
+    "test_backup_and_restore.py",
+    "test_batch_norm.py",
+    "test_between_fits.py",
+    "test_callbacks.py",
+    "test_interface.py",
+    "test_joint_model.py",
+    "test_keras_callbacks.py",
+    "test_larger_model.py",
+    "test_laws.py",
+    "test_model.py",
+    "test_optimizers.py",
+    "test_routed_model.py",
+    "test_saveable_model.py",
+    "test_shadow.py",
+    "test_threads.py",
+    "test_ways_of_training.py",
+}
 
 COSTS = {"processes", "memory", "zoo", "benchmarks", "slow"}
 # CPU seconds, those of child processes included, above which a test needs such a marker. They
@@ -51,13 +73,21 @@ collect_ignore = ["helpers"]
 
 
 def pytest_ignore_collect(collection_path, config):
-    # None leaves the decision to pytest.
-    return (config.option.markexpr == "quick" and collection_path.name in NEVER_QUICK) or None
+    name, marker = collection_path.name, config.option.markexpr
+    if marker == "backends":
+        ignored = name.endswith(".py") and name not in OF_ALL_BACKENDS
+    else:
+        ignored = marker == "quick" and name in NEVER_QUICK
+    return ignored or None  # None leaves the decision to pytest.
 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = filter(runs_here, items)
     for item in items:
+        if item.path.name in OF_ALL_BACKENDS and not item.get_closest_marker("tensorflow"):
+            item.add_marker("backends")
         if is_quick(item):
             item.add_marker("quick")
     if "tensorflow" in sys.modules:
@@ -66,6 +96,15 @@ def pytest_collection_modifyitems(items):
         devices.add_second_device()
         # Looking for garbage need not look through TensorFlow each time.
         gc.freeze()
+
+
+def runs_here(item):
+    """Returns whether a test, in the mode that it is run in, is one of the current backend."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return BACKEND == "tensorflow" or not (
+        item.get_closest_marker("tensorflow")
+        or parameters.get("mode") in MODES.keys() - MODES_OF[BACKEND]
+    )
 
 
 def is_quick(item):

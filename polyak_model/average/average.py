@@ -105,4 +105,4 @@ def forget_residuals(pairs):
     """Sets the residuals of pairs to 0."""
     for p in pairs:
         if p.residual is not None:
-            p.residual.assign(ops.zeros_like(p.residual))
+            p.residual.assign(ops.zeros(p.residual.shape, p.residual.dtype))

@@ -110,25 +110,27 @@ def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto")
     # Keras makes up a batch for an empty array.
     if any(0 in getattr(leaf, "shape", ())[:1] for leaf in tree.flatten(data)):
         raise _nothing_read(data)
-    pools = [Pool(layer.moving_mean.shape) for layer in layers]
+    with backend.double_precision():
+        pools = [Pool(layer.moving_mean.shape) for layer in layers]
     with _state_kept(model), contextlib.ExitStack() as stack:
         for layer, pool in zip(layers, pools, strict=True):
             stack.enter_context(_normalizing_by_batch(layer, pool))
-        reader = _Reader(lambda x: keras_internals.forward(model, x))
+        reader = _Reader(model, pools)
         reader.compile(run_eagerly=model.run_eagerly, jit_compile=False)
         with warnings.catch_warnings():
             if steps is None:
                 # All data was to be read.
                 warnings.filterwarnings("ignore", message="Your input ran out of data")
             reader.evaluate(data, batch_size=batch_size, steps=steps, verbose=verbose)
-    if not any(pool.seen() for pool in pools):
-        raise _nothing_read(data)
     values = []
-    for layer, pool in zip(layers, pools, strict=True):
-        if pool.seen():
-            pool.check_finite(layer.name)
-            values.append((layer.moving_mean, pool.mean))
-            values.append((layer.moving_variance, pool.variance()))
+    with backend.double_precision():
+        for layer, pool in zip(layers, pools, strict=True):
+            if pool.seen():
+                pool.check_finite(layer.name)
+                values.append((layer.moving_mean, pool.mean))
+                values.append((layer.moving_variance, pool.variance()))
+    if not values:
+        raise _nothing_read(data)
     return values
 
 
@@ -162,9 +164,8 @@ class Pool:
     def __init__(self, shape):
         # With autocast, a layer in half precision would read them in half precision.
         settings = {"dtype": "float64", "trainable": False, "autocast": False}
-        self.count, self.mean, self._squares = (
-            keras.Variable("zeros", shape, **settings) for _ in range(3)
-        )
+        self.variables = [keras.Variable("zeros", shape, **settings) for _ in range(3)]
+        self.count, self.mean, self._squares = self.variables
 
     def add(self, count, mean, variance):
         """Adds a batch.
@@ -235,8 +236,9 @@ def _normalizing_by_batch(layer, pool):
     call = layer.call
 
     def measured(inputs, training=None, mask=None):
-        count, mean, variance = moments(inputs, layer.axis, mask)
-        pool.add(count, mean, variance)
+        with backend.double_precision():
+            count, mean, variance = moments(inputs, layer.axis, mask)
+            pool.add(count, mean, variance)
         backend.assign([(layer.moving_mean, mean), (layer.moving_variance, variance)])
         return call(inputs, training=False, **({} if mask is None else {"mask": mask}))
 
@@ -263,16 +265,17 @@ def _state_kept(model):
 
 
 class _Reader(backend.EvaluationStep, keras.Model):
-    """Reads data of any kind as Keras does, with its progress bar, and passes on each batch."""
+    """Calls a model on data of any kind, read as Keras does, with its progress bar."""
 
-    def __init__(self, read):
+    def __init__(self, model, pools):
         super().__init__()
-        self._read = read
-        self._examples = self.add_weight(dtype="int64", initializer="zeros", trainable=False)
+        # What a step changes must be tracked.
+        self._read, self._pools = model, [pool.variables for pool in pools]
+        self._examples = self.add_weight(dtype="int", initializer="zeros", trainable=False)
         self.built = True
 
     def _test_batch(self, data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        self._read(x)
-        self._examples.assign_add(ops.cast(ops.shape(tree.flatten(x)[0])[0], "int64"))
+        keras_internals.forward(self._read, x)
+        self._examples.assign_add(ops.cast(ops.shape(tree.flatten(x)[0])[0], "int"))
         return {"examples": ops.convert_to_tensor(self._examples)}

@@ -59,7 +59,7 @@ class Shadow(keras.layers.Layer):
 
     def _add_counter(self, name):
         return self.add_weight(
-            shape=(), dtype="int64", initializer="zeros", trainable=False, name=name
+            shape=(), dtype="int", initializer="zeros", trainable=False, name=name
         )
 
     @property
@@ -126,7 +126,7 @@ class Shadow(keras.layers.Layer):
             may_skip: Bool. Whether steps are often skipped, so that a branch
                 pays off. Defaults to False.
         """
-        with backend.device(self.device):
+        with backend.device(self.device), backend.double_precision():
             # Computed from the step before, the weights need not wait for the optimizer.
             step = self.step + 1
             averages = self.averages.values()
@@ -164,7 +164,7 @@ class Shadow(keras.layers.Layer):
             # What is served elsewhere holds the average as it is now, and assigns nothing.
             backend.outside_trace(self.catch_up)
             return
-        if backend.replicas() == 1:
+        if backend.replicas() == 1 and backend.variables_are_current():
             with backend.lift():
                 self._mirror_unbegun()
         self.detector.detect(training)

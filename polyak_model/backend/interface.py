@@ -29,12 +29,14 @@ MODULES = {
     ),
     "tracing": (
         "compiled",
+        "double_precision",
         "keeps_updates",
         "lift",
         "outside_trace",
         "runs_eagerly",
         "symbolic",
         "traces_for_export",
+        "variables_are_current",
         "when",
     ),
     "placement": (
@@ -108,8 +110,17 @@ def assign(
 def fingerprint(variables: Iterable[keras.Variable]) -> Tensor:
     """Returns a hash of the values of variables, a scalar integer tensor other than 0.
 
-    A change of one value always changes it. Changes of several values cancel
-    with a probability of about 2**-32.
+    With m = 0x9E3779B1, and arithmetic modulo 2**32, it is computed from 0 by
+
+        hash = hash * m + sum(bits[i] * ((s[i] ^ (s[i] >> 16)) | 1)),  s[i] = (i + 1) * m
+
+    for one variable after another, where `bits` are its values as unsigned
+    integers of 32 bits: values of 16 bits are zero-extended, those of 64 bits
+    are two each, the lower half first. The result is that hash as a signed
+    integer of 32 bits, 1 in place of 0; it is the same on all backends.
+
+    A change of one value of at most 32 bits always changes it. Other changes
+    cancel with a probability of about 2**-32.
 
     Args:
         variables: Float variables.
@@ -140,9 +151,10 @@ class Trainer(TrainingStep, EvaluationStep, PredictionStep):
     """All three steps, and what Keras does before the first of them.
 
     The subclass also implements `_build_on_batch(data)`, which creates all
-    variables for a batch, and `_check_compiled(method_name)`, which raises
-    `ValueError` unless the model can run the method. `data` is None where Keras
-    passes an iterator instead of a batch.
+    variables for a batch, or for None where they all exist; `_scored()`, which
+    returns the models whose metrics are updated; and
+    `_check_compiled(method_name)`, which raises `ValueError` unless the model can
+    run the method.
     """
 
 
@@ -241,8 +253,16 @@ def compiled(function: Callable) -> Callable:
     """Returns a function that is compiled as a whole by the compiler of the backend."""
 
 
+def double_precision() -> contextlib.AbstractContextManager:
+    """Returns a context in which tensors of dtype `float64` have 64 bits."""
+
+
 def runs_eagerly() -> bool:
     """Returns whether operations are executed now rather than traced."""
+
+
+def variables_are_current() -> bool:
+    """Returns whether variables hold the current state, and not a step that is a function of it."""
 
 
 def keeps_updates() -> bool:

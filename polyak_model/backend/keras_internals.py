@@ -173,10 +173,22 @@ def metric_direction(metric):
 
 
 class BuildHook:
-    """Mixin: before the first step under a strategy Keras calls `_build_on_batch(data)`."""
+    """Mixin: before the first step Keras calls `_build_on_batch(data)`.
+
+    On TensorFlow it does so only under a strategy. The subclass also implements
+    `_scored()`, which returns the models whose metrics are updated. `data` is
+    None where all variables exist, so that no batch is read in vain.
+    """
 
     def _symbolic_build(self, iterator=None, data_batch=None):
+        if data_batch is None and self._lacks_variables():
+            batches = next(batches for _, _, batches in iterator)
+            data_batch = batches[0] if isinstance(batches, (list, tuple)) else next(batches)
         self._build_on_batch(data_batch)
+
+    def _lacks_variables(self):
+        unbuilt = any(not layer.built for layer in flatten_layers(self))
+        return unbuilt or any(each.compiled and lacks_metrics(each) for each in self._scored())
 
 
 class CompileHook:

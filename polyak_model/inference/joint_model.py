@@ -68,6 +68,7 @@ class JointModel(
         return [getattr(self, f"{name}_model") for name in self._members[route]]
 
     def call(self, inputs, *args, **kwargs):
+        self._prepare((inputs,))
         return self._output(lambda model: keras_internals.forward(model, inputs, *args, **kwargs))
 
     def compute_mask(self, inputs, previous_mask):
@@ -116,6 +117,9 @@ class JointModel(
                     )
                 joined[f"{route}_{name}"] = value
         return joined
+
+    def _scored(self):
+        return self._scores.values()
 
     def _build_on_batch(self, data):
         self._prepare(data)

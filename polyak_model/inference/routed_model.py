@@ -6,6 +6,7 @@ import contextvars
 import keras
 from keras import tree
 
+from polyak_model import backend
 from polyak_model.backend import keras_internals
 from polyak_model.inference import export
 from polyak_model.inference.own_methods import given, redirected
@@ -74,6 +75,7 @@ class RoutedModel(SaveableModel):
     def _run(self, model):
         """While open, callbacks find the state of an evaluation or prediction here."""
         raw = self._router.raw
+        backend.sync(self)
         if model is not raw:
             self._router.shadow.catch_up()
         token = _running.set((self, model))
@@ -347,6 +349,7 @@ class RoutedModel(SaveableModel):
         )
 
     def _check_built(self, method):
+        backend.sync(self)
         self._start_if_built()
         if not self._router.shadow.started:
             raise ValueError(

@@ -47,6 +47,7 @@ class SaveableModel(keras.Model):
             OSError: If the file cannot be written.
         """
         _check_loadable(filepath)
+        backend.sync(self)
         self.shadow.catch_up()  # Keras swallows what a property raises while it collects the state.
         save = super().save
         if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
@@ -66,6 +67,7 @@ class SaveableModel(keras.Model):
 
     def save_own_variables(self, store):
         # Also as a part of a larger model, which Keras saves.
+        backend.sync(self)
         self.shadow.catch_up()
         store[layout.DESCRIPTION] = layout.encode(self.shadow.describe())
         groups = map(layout.average_group, self.shadow.averages)
@@ -99,6 +101,7 @@ class SaveableModel(keras.Model):
         Raises:
             OSError: If the file cannot be written.
         """
+        backend.sync(self)
         self.shadow.catch_up()
         save_weights = super().save_weights
         if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):

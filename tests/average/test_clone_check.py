@@ -1,7 +1,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 
 from polyak_model import PolyakModel, UniformAverage
@@ -125,6 +124,8 @@ class OnTensors(layers.Layer):
     """Takes tensors of TensorFlow, no symbolic ones of Keras."""
 
     def call(self, inputs):
+        import tensorflow as tf
+
         if isinstance(inputs, keras.KerasTensor):
             raise TypeError("no symbolic tensors")
         return tf.sin(inputs)

@@ -13,7 +13,6 @@ import weakref
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers, ops
 from model_zoo import KINDS
 from object_graphs import assert_shares_nothing
@@ -223,6 +222,8 @@ class Odds(keras.Model):
     """Holds what else a model may hold."""
 
     def __init__(self):
+        import tensorflow as tf
+
         super().__init__()
         self.dense = layers.Dense(6)
         self.lock = threading.Lock()
@@ -248,7 +249,10 @@ class Odds(keras.Model):
         return self.partial(inputs) + self.traced(inputs)
 
 
+@pytest.mark.tensorflow
 def test_what_else_a_model_holds_is_copied():
+    import tensorflow as tf
+
     model = Odds()
     model(X)
     clone = assert_copies(model)
@@ -268,7 +272,10 @@ def test_what_else_a_model_holds_is_copied():
     assert float(model.module.named["one"][0]) == 2.0
 
 
+@pytest.mark.tensorflow
 def test_a_checkpoint_of_a_copy_restores_into_the_copy(tmp_path):
+    import tensorflow as tf
+
     model = make_parts()
     clone = polyak_model.clone_model(model)
     before = model.encoder.get_weights()
@@ -312,7 +319,10 @@ def test_a_copy_of_a_trained_model_is_uncompiled_and_both_go_on_training():
     assert ours["loss"] == theirs["loss"]
 
 
+@pytest.mark.tensorflow
 def test_an_unbuilt_copy_becomes_a_copy_of_what_the_model_has_become(tmp_path):
+    import tensorflow as tf
+
     model = Parts(layers.Dense(5), [layers.Dense(5)], 3)
     clone = polyak_model.clone_model(model)
     assert not clone.weights
@@ -355,6 +365,8 @@ class Drawing(keras.initializers.Initializer):
 
 def draw():
     """Returns numbers drawn from all global generators."""
+    import tensorflow as tf
+
     return [
         random.random(),
         np.random.random(),
@@ -364,8 +376,11 @@ def draw():
     ]
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("clone_function", [None, lambda: make_drawing()])
 def test_wrapping_draws_no_random_numbers(clone_function):
+    import tensorflow as tf
+
     drawn = []
     for wrap in (False, True):
         keras.utils.clear_session(free_memory=False)

@@ -64,5 +64,14 @@ def test_a_backend_that_is_not_supported_is_refused():
     )
     command = [sys.executable, "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "runs on these backends of Keras: tensorflow" in said
-    assert "Received: the backend 'numpy'. Set the environment variable KERAS_BACKEND=" in said
+    assert f"runs on these backends of Keras: {', '.join(BACKENDS)}. Received" in said
+    assert "the backend 'numpy'. Set the environment variable KERAS_BACKEND=" in said
+
+
+@pytest.mark.processes
+def test_only_the_current_backend_is_imported():
+    imported = "{'jax', 'tensorflow', 'torch'} & {*sys.modules}"
+    code = f"import sys; from polyak_model import PolyakModel; print({imported})"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"{ {keras.backend.backend()} }\n"

@@ -67,6 +67,7 @@ class Recorder(keras.callbacks.Callback):
         self.before = self.step()
 
     def on_train_batch_end(self, batch, logs=None):
+        assert self.model  # On JAX, to read it writes the state of `fit` to its variables.
         self.weights.append(self.raw.get_weights())
         self.advances.append(self.step() > self.before)
         self.logs.append(dict(logs))
@@ -76,6 +77,7 @@ class Recorder(keras.callbacks.Callback):
 
     def step(self):
         """Returns the steps that the optimizer, or the one inside it, has taken."""
+        assert self.model
         optimizer = self.raw.optimizer
         return int(getattr(optimizer, "inner_optimizer", optimizer).iterations)
 

@@ -1,7 +1,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import layers
@@ -14,7 +13,10 @@ from polyak_model.inference.ensemble import join
 LOGITS = st.lists(st.floats(-50, 50), min_size=3, max_size=3)
 
 
+@pytest.mark.tensorflow
 def test_the_mean_joins_every_leaf_of_a_nested_output():
+    import tensorflow as tf
+
     one = {"a": tf.constant([1.0]), "b": [tf.constant([2.0, 4.0])]}
     other = {"a": tf.constant([3.0]), "b": [tf.constant([0.0, 0.0])]}
     joined = join("mean", [one, other])
@@ -22,8 +24,11 @@ def test_the_mean_joins_every_leaf_of_a_nested_output():
     assert joined["b"][0].numpy().tolist() == [1.0, 2.0]
 
 
+@pytest.mark.tensorflow
 @given(one=LOGITS, other=LOGITS)
 def test_softmax_joins_logits_to_the_logarithm_of_the_mean_probability(one, other):
+    import tensorflow as tf
+
     joined = join("softmax", [tf.constant([row], "float64") for row in (one, other)])
     probabilities = [np.exp(row - logsumexp(row)) for row in (np.array(one), np.array(other))]
     np.testing.assert_allclose(np.exp(joined.numpy()[0]), np.mean(probabilities, axis=0), rtol=1e-9)

@@ -7,7 +7,6 @@ import pickle
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from models import (
     CROSSENTROPY,
     assert_identical,
@@ -42,6 +41,8 @@ def endless(arrays):
 
 
 def as_tf_data(arrays):
+    import tensorflow as tf
+
     return tf.data.Dataset.from_tensor_slices(arrays).shuffle(64, seed=1).batch(16)
 
 
@@ -53,7 +54,7 @@ def as_arrays(arrays):
 # warns that it cannot shuffle a stream.
 DATA = {
     "arrays": as_arrays,
-    "tensors": lambda arrays: as_arrays([tf.constant(array) for array in arrays]),
+    "tensors": lambda arrays: as_arrays([keras.ops.convert_to_tensor(array) for array in arrays]),
     "tf.data": lambda arrays: {"x": as_tf_data(arrays), "shuffle": False},
     "repeated-tf.data": lambda arrays: {
         "x": as_tf_data(arrays).repeat(),
@@ -64,7 +65,13 @@ DATA = {
     "PyDataset": lambda arrays: {"x": Batches(arrays)},
     "PyDataset-with-workers": lambda arrays: {"x": Batches(arrays, workers=2)},
 }
-KINDS = pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+KINDS = pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(make, id=name, marks=pytest.mark.tensorflow if "tf" in name else ())
+        for name, make in DATA.items()
+    ],
+)
 
 
 @pytest.fixture
@@ -80,7 +87,7 @@ def test_every_kind_of_data_trains_as_it_does_bare(data, weighted):
             **data(weighted),
             epochs=2,
             verbose=0,
-            validation_data=as_tf_data(weighted[:2]),
+            validation_data=weighted[:2],
             callbacks=[recorder],
         )
 

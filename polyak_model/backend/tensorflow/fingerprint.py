@@ -5,29 +5,30 @@ The order of summation does not matter, so eager execution, graphs and XLA agree
 
 import tensorflow as tf
 
-# The golden ratio in 64 bits, as in Fibonacci hashing: neighbours get multipliers far apart.
-_ODD = 0x9E3779B97F4A7C15 - 2**64
+# The golden ratio in 32 bits, as in Fibonacci hashing: neighbours get multipliers far apart.
+_ODD = 0x9E3779B1
+_LOW = 2**32 - 1
 
 
 def fingerprint(variables):
+    # The lower halves of 64-bit integers: devices multiply those in place, 32-bit ones often on
+    # the host. What the upper halves are does not matter to the lower ones.
     total = tf.constant(0, "int64")
     for variable in variables:
         bits = _bits(tf.convert_to_tensor(variable))
         total = total * _ODD + tf.reduce_sum(bits * _multipliers(bits.shape[0]))
-    return tf.where(total == 0, tf.ones_like(total), total)
+    low = tf.bitcast(total, "int32")[0]
+    return tf.cast(tf.where(low == 0, tf.ones_like(low), low), "int64")
 
 
 def _multipliers(count):
     spread = tf.range(1, count + 1, dtype="int64") * _ODD
-    high = tf.bitwise.right_shift(spread, tf.constant(32, "int64"))
-    return tf.bitwise.bitwise_or(tf.bitwise.bitwise_xor(spread, high), tf.constant(1, "int64"))
+    high = tf.bitwise.right_shift(spread & _LOW, tf.constant(16, "int64"))
+    return tf.bitwise.bitwise_xor(spread, high) | 1
 
 
 def _bits(values):
-    # As 64-bit integers: devices multiply those in place, 32-bit ones often on the host.
-    lanes = 8 // values.dtype.size
     flat = tf.reshape(values, [-1])
-    if lanes == 1:
-        return tf.bitcast(flat, "int64")
-    padded = tf.pad(flat, [[0, -values.shape.num_elements() % lanes]])
-    return tf.bitcast(tf.reshape(padded, [-1, lanes]), "int64")
+    if values.dtype.size == 2:
+        return tf.cast(tf.bitcast(flat, "uint16"), "int64")
+    return tf.cast(tf.reshape(tf.bitcast(flat, "int32"), [-1]), "int64")

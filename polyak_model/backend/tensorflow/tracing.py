@@ -1,6 +1,7 @@
 """Eager execution, graphs, and graphs that are saved."""
 
 import concurrent.futures
+import contextlib
 import sys
 
 import tensorflow as tf
@@ -10,12 +11,14 @@ from polyak_model.backend.keras_internals import in_stateless_scope
 
 __all__ = [
     "compiled",
+    "double_precision",
     "keeps_updates",
     "lift",
     "outside_trace",
     "runs_eagerly",
     "symbolic",
     "traces_for_export",
+    "variables_are_current",
     "when",
 ]
 
@@ -35,8 +38,16 @@ def compiled(function):
     return tf.function(function, jit_compile=True, autograph=False)
 
 
+def double_precision():
+    return contextlib.nullcontext()
+
+
 def runs_eagerly():
     return tf.executing_eagerly()
+
+
+def variables_are_current():
+    return True
 
 
 def keeps_updates():

@@ -1,0 +1,83 @@
+"""Eager execution and traced functions."""
+
+import jax
+import jax.numpy as jnp
+
+from polyak_model.backend.common import symbolic
+from polyak_model.backend.jax.state import (
+    Tracer,
+    branch,
+    get_stateless_scope,
+    in_stateless_scope,
+    in_symbolic_scope,
+    outside_scopes,
+    trace_state_clean,
+)
+
+__all__ = [
+    "compiled",
+    "double_precision",
+    "keeps_updates",
+    "lift",
+    "outside_trace",
+    "runs_eagerly",
+    "symbolic",
+    "traces_for_export",
+    "variables_are_current",
+    "when",
+]
+
+
+def when(condition, function):
+    condition = jnp.asarray(condition)
+    if not isinstance(condition, Tracer):
+        if condition:
+            function()
+        return
+    state, changed = get_stateless_scope().state_mapping, []
+
+    def then():
+        with branch() as assigned:
+            function()
+            values = assigned()
+        changed[:] = values
+        return [*values.values()]
+
+    # It is traced before the other branch.
+    values = jax.lax.cond(condition, then, lambda: [state[key] for key in changed])
+    state.update(zip(changed, values, strict=True))
+
+
+def compiled(function):
+    return function  # It is compiled with the step that calls it.
+
+
+def double_precision():
+    return jax.enable_x64(True)
+
+
+def runs_eagerly():
+    return variables_are_current() and trace_state_clean()
+
+
+def variables_are_current():
+    return not in_stateless_scope()
+
+
+def keeps_updates():
+    if in_symbolic_scope():
+        return False
+    # Elsewhere in a trace, an assignment would leave a tracer in the variable.
+    return in_stateless_scope() or trace_state_clean()
+
+
+def traces_for_export():
+    return False
+
+
+def lift():
+    return outside_scopes()
+
+
+def outside_trace(function):
+    function()

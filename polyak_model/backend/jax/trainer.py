@@ -1,0 +1,110 @@
+"""The steps that Keras compiles, which on JAX take and return the state of their model."""
+
+import contextlib
+
+from keras import ops, tree
+from keras.src.backend import compute_output_spec
+
+from polyak_model.backend.common import may_skip_steps, stepping_optimizers, symbolic
+from polyak_model.backend.jax.state import (
+    groups_of,
+    in_stateless_scope,
+    run_stateless,
+    values_of,
+)
+from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
+
+__all__ = [
+    "EvaluationStep",
+    "PredictionStep",
+    "Trainer",
+    "TrainingStep",
+    "build_by_step",
+    "call_step",
+    "may_skip_steps",
+    "optimizer_step",
+    "rehearse",
+    "score",
+    "sync",
+]
+
+
+class TrainingStep:
+    def train_step(self, state, data):
+        groups = groups_of(self, "train_step")
+        return run_stateless(lambda: self._train_batch(data), groups, state)
+
+    def make_train_function(self, force=False):
+        with _as_a_new_function(self, "train_step"):
+            super().make_train_function(force)
+
+
+class EvaluationStep:
+    def test_step(self, state, data):
+        groups = groups_of(self, "test_step")
+        return run_stateless(lambda: self._test_batch(data), groups, state)
+
+    def make_test_function(self, force=False):
+        with _as_a_new_function(self, "test_step"):
+            super().make_test_function(force)
+
+
+class PredictionStep:
+    def predict_step(self, state, data):
+        groups = groups_of(self, "predict_step")
+        outputs, (_, state) = run_stateless(lambda: self._predict_batch(data), groups, state)
+        return outputs, state
+
+
+class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHook):
+    pass
+
+
+@contextlib.contextmanager
+def _as_a_new_function(model, name):
+    # JAX compiles equal functions once, and what the same method does may have changed.
+    method = getattr(model, name)
+    vars(model)[name] = lambda *args: method(*args)
+    try:
+        yield
+    finally:
+        del vars(model)[name]
+
+
+def call_step(model, name, data):
+    groups = groups_of(model, name)
+    outputs, state = getattr(model, name)(values_of(groups), data)
+    if name == "predict_step":
+        groups, state = groups[1:], (state,)
+    for group, values in zip(groups, state, strict=True):
+        for variable, value in zip(group, values, strict=True):
+            variable.assign(value)
+    return outputs
+
+
+def optimizer_step(model):
+    return sum(ops.cast(optimizer.iterations, "int32") for optimizer in stepping_optimizers(model))
+
+
+def score(model, x, y, sample_weight, outputs):
+    loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False)
+    batch_size = next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+    loss_tracker(model).update_state(loss, sample_weight=batch_size)
+    return model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
+
+
+def build_by_step(model, batch):
+    raise ValueError(
+        "Keras cannot train a model on JAX whose weights are created by its first training step. "
+        f"Received: {type(model).__name__}, which has no `call` and is not built. Build its parts "
+        "first, e.g. in its __init__."
+    )
+
+
+def rehearse(function, batch, variables):
+    compute_output_spec(function, symbolic(batch))
+
+
+def sync(model):
+    if not in_stateless_scope():  # Inside a step, variables have the values of that step.
+        model.jax_state_sync()

@@ -1,0 +1,61 @@
+"""How averages are updated, in operations that XLA fuses into one loop for each."""
+
+import jax
+import jax.numpy as jnp
+from keras import ops
+
+from polyak_model.backend.jax.state import Tracer
+
+
+def update(updates):
+    for pairs, weight in updates:
+        for pair in pairs:
+            a = pair.target.value
+            w = jax.lax.stop_gradient(ops.convert_to_tensor(pair.raw)).astype(a.dtype)
+            c = jnp.asarray(weight).astype(a.dtype)
+            if pair.residual is None:
+                pair.target.assign(_updated(c, w, a))
+            else:
+                moved, rest = _updated_compensated(c, w, a, pair.residual.value)
+                pair.target.assign(moved)
+                pair.residual.assign(rest)
+
+
+def _updated(c, w, a):
+    """Returns `a + c * (w - a)`."""
+    w = jnp.where(jnp.isfinite(w), w, a)
+    # Half of a difference never overflows, and halving is exact. From the nearer end the step is
+    # at most half of the difference, so it does not overflow either.
+    half, near = 0.5 * w - 0.5 * a, c <= 0.5
+    moved = jnp.where(near, a, w) + jnp.where(near, 2 * c, 2 * (c - 1)) * half
+    return jnp.where(c == 1, w, moved)
+
+
+def _updated_compensated(c, w, a, r):
+    """Returns the same for an average of twice the precision, `a + r`, and its new residual."""
+    step = _step(c, w, a, r)
+    moved = a + step
+    rest = step - (moved - a)
+    # Where the difference overflows, it does not at a quarter of the scale, which is exact.
+    overflows = jnp.logical_not(jnp.isfinite(rest))
+    moved = jnp.where(overflows, (1 - c) * a + c * w, moved)
+    rest = jnp.where(overflows, 4 * (_step(c, w / 4, a / 4, r / 4) - (moved / 4 - a / 4)), rest)
+    moved, rest = jnp.where(c == 1, w, moved), jnp.where(c == 1, 0, rest)
+    finite = jnp.isfinite(w)
+    return jnp.where(finite, moved, a), jnp.where(finite, rest, r)
+
+
+def _step(c, w, a, r):
+    return c * ((w - a) - r) + r
+
+
+def assign(pairs, weight=1.0):
+    always = isinstance(weight, float) and weight > 0
+    for target, source in pairs:
+        value = jax.lax.stop_gradient(ops.convert_to_tensor(source, dtype=target.dtype))
+        if not always:
+            value = jnp.where(weight > 0, value, target.value)
+        elif not isinstance(value, Tracer):
+            # A step donates its arrays, and none can be donated twice.
+            value = jnp.array(value, copy=True)
+        target.assign(value)

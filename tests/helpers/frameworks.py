@@ -1,0 +1,55 @@
+"""What tests need of the current backend of Keras."""
+
+import keras
+
+BACKEND = keras.backend.backend()
+
+
+def compiled(function, run_eagerly=False, jit_compile=False):
+    """Compiles a function that changes variables as `compile` compiles a training step.
+
+    Only TensorFlow compiles such functions.
+
+    Args:
+        function: A function.
+        run_eagerly: As in `keras.Model.compile`.
+        jit_compile: As in `keras.Model.compile`.
+    """
+    if run_eagerly or BACKEND != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=jit_compile)
+
+
+def gradients_of(loss, model):
+    """Returns the gradients of a loss, in a training loop of one's own.
+
+    Args:
+        loss: `() ->` a scalar. What it assigns to variables lasts.
+        model: The model whose trainable variables and state it uses.
+    """
+    weights = model.trainable_variables
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = loss()
+        return tape.gradient(value, weights)
+    if BACKEND == "torch":
+        import torch
+
+        return torch.autograd.grad(loss(), [weight.value for weight in weights])
+    import jax
+
+    state = model.non_trainable_variables
+
+    def stateless(values):
+        pairs = [*zip(weights, values, strict=True), *((v, v.value) for v in state)]
+        with keras.StatelessScope(state_mapping=pairs) as scope:
+            return loss(), [scope.get_current_value(variable) for variable in state]
+
+    gradients, changed = jax.grad(stateless, has_aux=True)([weight.value for weight in weights])
+    for variable, value in zip(state, changed, strict=True):
+        variable.assign(value)
+    return gradients
