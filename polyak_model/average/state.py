@@ -48,7 +48,7 @@ def load(shadow, store, described):
             average.origin.assign(store[layout.origin_name(average.name)])
             _load_beside(average, store, names, described)
         elif shadow.started:
-            average.origin.assign(shadow.step)
+            backend.assign([(average.origin, shadow.step)])
             average.mirror()
     for name, seed in _seeds(shadow):
         if name in names:
