@@ -8,6 +8,7 @@ _FIXED = {
     "clone_function": "It was called when the model was wrapped. Wrap the raw model again.",
     "combine": "Wrap the raw model again: PolyakModel(model.raw_model, combine=...).",
     "compensated": "Wrap the raw model again: PolyakModel(model.raw_model, compensated=...).",
+    "exclude": "Wrap the raw model again: PolyakModel(model.raw_model, exclude=...).",
     "device": "Wrap the raw model again: PolyakModel(model.raw_model, device=...).",
     "non_trainable": "Wrap the raw model again: PolyakModel(model.raw_model, non_trainable=...).",
 }

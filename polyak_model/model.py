@@ -8,6 +8,7 @@ from keras import tree
 from polyak_model import backend, rules
 from polyak_model.attribute_access import RawAttributes
 from polyak_model.average import batch_norm, clone_check, cloning
+from polyak_model.average.exclusion import check_exclude
 from polyak_model.average.shadow import Shadow
 from polyak_model.backend import keras_internals
 from polyak_model.errors import check_choice
@@ -79,6 +80,10 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             optimizer trains (the statistics of BatchNormalization) are averaged
             like the weights or copied from the raw model. Defaults to
             `"average"`.
+        exclude: Weights that are not averaged but copied at every step: a
+            regular expression that matches the whole path of a variable, a list
+            of them, or a callable `variable -> bool`. Defaults to None: all are
+            averaged.
         compensated: Bool. Whether to carry the rounding error of the average
             along (Kahan), for slow averages. It takes as much memory as the
             average. Defaults to False.
@@ -122,6 +127,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         report=None,
         combine="mean",
         non_trainable="average",
+        exclude=None,
         compensated=False,
         device=None,
         clone_function=None,
@@ -134,11 +140,13 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         check_combine(combine)
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
+        exclude = check_exclude(exclude)
         backend.check_placement(model, device)
         with backend.strategy_scope(model):
             with backend.device(device):
                 clones = {name: cloning.clone_model(model, clone_function) for name in named}
-            shadow = Shadow(clones, named, non_trainable, bool(compensated), device)
+            settings = (non_trainable, bool(compensated), device, exclude)
+            shadow = Shadow(clones, named, *settings)
             super().__init__(
                 routes=Router(model, shadow, combine, self._start_on_batch),
                 inference=inference,
@@ -547,6 +555,7 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             "report": self.report,
             "combine": combine if isinstance(combine, str) else serialize(combine),
             "non_trainable": self.shadow.non_trainable,
+            "exclude": self._serialize_exclude(),
             "compensated": self.shadow.compensated,
             "device": self.shadow.device,
             "clone_function": self.clone_function and serialize(self.clone_function),
@@ -556,6 +565,13 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
         serialize = keras.saving.serialize_keras_object
         rules = {name: serialize(rule) for name, rule in self.rules.items()}
         return rules.get(ALIAS, rules)
+
+    def _serialize_exclude(self):
+        # The paths of a loaded model may be others.
+        exclude = self.shadow.excluded() if self.shadow.started else self.shadow.exclude
+        return (
+            keras.saving.serialize_keras_object(exclude) if callable(exclude) else exclude or None
+        )
 
     @classmethod
     def from_config(cls, config):
@@ -569,8 +585,8 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             if is_single
             else {name: deserialize(rule) for name, rule in average.items()}
         )
-        for name in ("model", "combine", "clone_function"):
-            if isinstance(config[name], dict):
+        for name in ("model", "combine", "clone_function", "exclude"):
+            if isinstance(config.get(name), dict):
                 config[name] = deserialize(config[name])
         clone_function = config["clone_function"]
         if clone_function:

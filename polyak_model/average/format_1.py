@@ -5,7 +5,7 @@ order, a master copy if the weight has 16 bits, and a residual if the average is
 compensated.
 """
 
-from polyak_model.average.pairing import AVERAGED
+from polyak_model.average.pairing import AVERAGED, EXCLUDED
 from polyak_model.backend import keras_internals
 from polyak_model.saving import layout
 
@@ -45,9 +45,10 @@ def _names(shadow, described, count):
     for compensated in (shadow.compensated, not shadow.compensated):
         names = list(counters)
         for index, p in enumerate(pairs):
-            if p.how == AVERAGED and described["weights"][index][2] in ("float16", "bfloat16"):
+            averaged = p.how in (AVERAGED, EXCLUDED)  # Format 1 had no exclusions.
+            if averaged and described["weights"][index][2] in ("float16", "bfloat16"):
                 names.append(layout.master_name(layout.ONLY, index))
-            if p.how == AVERAGED and compensated:
+            if averaged and compensated:
                 names.append(layout.residual_name(layout.ONLY, index))
         if len(names) == count:
             layout.check_compensated({"compensated": compensated}, shadow.compensated)

@@ -10,7 +10,7 @@ from polyak_model import backend
 from polyak_model.average.clone_check import check_disjoint, pair_weights
 from polyak_model.backend import keras_internals
 
-AVERAGED, MIRRORED, COPIED = "averaged", "mirrored", "copied"
+AVERAGED, MIRRORED, COPIED, EXCLUDED = "averaged", "mirrored", "copied", "excluded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,9 @@ class Pair:
     Attributes:
         average: The weight of the average model.
         raw: The raw weight, or its value where replicas agreed on one.
-        how: `AVERAGED`; `MIRRORED`, floats that follow by value; or `COPIED`,
-            integers, booleans and seeds.
+        how: `AVERAGED`; `MIRRORED`, floats that follow by value when the average
+            moves; `COPIED`, integers, booleans and seeds, likewise; or
+            `EXCLUDED`, weights that follow at every step.
         learned: Bool. Whether an optimizer trains the raw weight unless it is
             frozen.
         master: The float32 master copy of an average of 16 bits, or None.
@@ -60,6 +61,10 @@ class Pairing:
     @functools.cached_property
     def copied(self):
         return self._of(COPIED)
+
+    @functools.cached_property
+    def excluded(self):
+        return self._of(EXCLUDED)
 
     def _of(self, how):
         return tuple(pair for pair in self.pairs if pair.how == how)
@@ -117,7 +122,7 @@ def _may_differ_between_replicas(pair):
     return not pair.learned and getattr(pair.raw, "synchronization", None) != "on_read"
 
 
-def pair(raw_model, average_model, add_beside, copies_statistics, compensated):
+def pair(raw_model, average_model, add_beside, copies_statistics, compensated, excluded=()):
     """Pairs the weights of a raw model with those of its average, and freezes the latter.
 
     Args:
@@ -128,6 +133,7 @@ def pair(raw_model, average_model, add_beside, copies_statistics, compensated):
         copies_statistics: Bool. Whether float weights that no optimizer trains
             are mirrored instead of averaged.
         compensated: Bool. Whether averages carry residuals.
+        excluded: Positions of raw weights that are not averaged.
 
     Returns:
         A `Pairing`.
@@ -139,10 +145,12 @@ def pair(raw_model, average_model, add_beside, copies_statistics, compensated):
     weights = pair_weights(raw_model, average_model)
     untrained = {id(v) for v in keras_internals.untrained_weights(average_model)}
     pairs = []
-    for raw, average in weights:
+    for position, (raw, average) in enumerate(weights):
         average.trainable = False
         learned = id(average) not in untrained
-        if not keras.backend.is_float_dtype(average.dtype):
+        if position in excluded:
+            pairs.append(Pair(average, raw, EXCLUDED, learned))
+        elif not keras.backend.is_float_dtype(average.dtype):
             pairs.append(Pair(average, raw, COPIED, learned=False))
         elif copies_statistics and not learned:
             pairs.append(Pair(average, raw, MIRRORED, learned=False))

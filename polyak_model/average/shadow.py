@@ -8,7 +8,8 @@ from keras import ops
 from polyak_model import backend
 from polyak_model.average import clone_check, cloning, format_1, state
 from polyak_model.average.average import Average, move
-from polyak_model.average.pairing import pair
+from polyak_model.average.exclusion import find_excluded
+from polyak_model.average.pairing import EXCLUDED, pair
 from polyak_model.average.step_detector import StepDetector
 from polyak_model.average.training_threads import TrainingThreads
 from polyak_model.backend import keras_internals
@@ -31,15 +32,19 @@ class Shadow(keras.layers.Layer):
             that no optimizer trains.
         compensated: Bool. Whether averages carry residuals (Kahan).
         device: Where the averages live, e.g. `"CPU:0"`, or None.
+        exclude: Which weights are not averaged, see `exclusion.check_exclude`.
         name: Name of the layer.
     """
 
-    def __init__(self, models, rules, non_trainable, compensated, device, name="average"):
+    def __init__(
+        self, models, rules, non_trainable, compensated, device, exclude=None, name="average"
+    ):
         super().__init__(name=name)
         self.models = list(models.values())
         self.non_trainable = non_trainable
         self.compensated = compensated
         self.device = device
+        self.exclude = exclude
         self.run = layout.new_run()
         with backend.device(device):
             self.step = self._add_counter("step")
@@ -85,10 +90,11 @@ class Shadow(keras.layers.Layer):
             inputs: Symbolic inputs of the models, to check that all have the
                 same outputs; or None.
         """
-        copies_statistics = self.non_trainable == "copy"
+        excluded = find_excluded(self.exclude, raw_model.weights)
+        settings = (self.non_trainable == "copy", self.compensated, excluded)
         pairings = []
         for model in self.models:
-            pairing = pair(raw_model, model, self._add_beside, copies_statistics, self.compensated)
+            pairing = pair(raw_model, model, self._add_beside, *settings)
             backend.assign((p.average, p.raw) for p in pairing.pairs)
             backend.assign((master, average) for average, master in pairing.from_masters())
             cloning.copy_outside_weights(raw_model, model)
@@ -145,6 +151,8 @@ class Shadow(keras.layers.Layer):
                 backend.when(stepped, lambda: move(at_every_step))
             else:
                 move(at_every_step)
+            excluded = [(p.average, p.raw) for pairing in pairings for p in pairing.excluded]
+            backend.assign(excluded, ops.cast(stepped, "float64"))
 
     def catch_up(self, training=False):
         """Brings the averages up to date with the raw weights, before they are used.
@@ -194,7 +202,12 @@ class Shadow(keras.layers.Layer):
         serialize = keras.saving.serialize_keras_object
         rules = {name: serialize(average.rule) for name, average in self.averages.items()}
         weights = self.first.pairing.raw_model.weights if self.started else ()
-        return layout.describe(rules, self.run, self.compensated, weights)
+        return layout.describe(rules, self.run, self.compensated, weights, self.excluded())
+
+    def excluded(self):
+        """Returns the positions of the raw weights that are not averaged, a list."""
+        pairs = self.first.pairing.pairs if self.started else ()
+        return [position for position, p in enumerate(pairs) if p.how == EXCLUDED]
 
     def save_own_variables(self, store):
         state.save(self, store)

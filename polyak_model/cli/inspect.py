@@ -11,7 +11,12 @@ from polyak_model.cli.tables import print_table
 from polyak_model.errors import printable
 from polyak_model.saving import layout
 from polyak_model.saving.distances import measure_distances, measure_total
-from polyak_model.saving.wrapper_reader import find_wrappers, read_rules, read_step
+from polyak_model.saving.wrapper_reader import (
+    find_wrappers,
+    read_description,
+    read_rules,
+    read_step,
+)
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.refusal import in_one_line
 from polyak_model.weight_files.training_state import split_variables
@@ -106,6 +111,7 @@ def _describe_average(weights, wrapper, name, rule):
         "name": name,
         "rule": rule,
         "step": read_step(weights, wrapper),
+        "excluded": len((read_description(weights, wrapper) or {}).get("excluded", ())),
         "distances": [
             {"layer": each.layer, "distance": each.distance, "relative": each.relative}
             for each in (*distances, measure_total(distances))
@@ -139,6 +145,8 @@ def _print_average(average):
     place = f" at {printable(average['path'])}" if average["path"] else ""
     print(f"\nThe average{name}{place}:\n")
     print(f"rule  {_format_rule(average['rule'])}\nstep  {average['step']:,}")
+    if average["excluded"]:
+        print(f"excluded  {average['excluded']:,} weights, which mirror the raw ones")
     print("\nIts distance from the raw model:\n")
     rows = [
         [each["layer"], f"{each['distance']:.4g}", f"{each['relative']:.4g}"]

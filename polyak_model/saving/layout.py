@@ -15,7 +15,7 @@ A file of weights has these groups; in a `.keras` file they are in its
 
 A single average is called `average`. The description has the keys `format`,
 `version`, `run`, `averages` (rules by name, the first average first),
-`compensated` and `weights`.
+`compensated`, `weights` and `excluded`.
 
 In format 1, the groups of a single average were `average_model`, `layers/<class
 of the raw model>` and `layers/shadow`, named by Keras after the class `Shadow`;
@@ -97,7 +97,7 @@ def new_run():
     return uuid.uuid4().hex
 
 
-def describe(rules, run, compensated, weights):
+def describe(rules, run, compensated, weights, excluded=()):
     """Returns the description of averages.
 
     Args:
@@ -105,6 +105,7 @@ def describe(rules, run, compensated, weights):
         run: A string, see `new_run`.
         compensated: Bool. Whether averages have residuals.
         weights: The weights of the raw model.
+        excluded: Positions of the weights that are not averaged.
 
     Returns:
         A dict that can be encoded as JSON.
@@ -116,6 +117,7 @@ def describe(rules, run, compensated, weights):
         "averages": rules,
         "compensated": compensated,
         "weights": [[weight.path, list(weight.shape), str(weight.dtype)] for weight in weights],
+        "excluded": list(excluded),
     }
 
 
@@ -132,7 +134,7 @@ def decode(array):
 
     Returns:
         A dict, see `describe`; one of format 1 has the key `rule` instead of
-        `averages` and `compensated`.
+        `averages`, `compensated` and `excluded`.
 
     Raises:
         ValueError: If the array contains no description, or one of a newer
@@ -151,13 +153,18 @@ def decode(array):
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise damaged(repr(error)) from error
     check_format(number, version)
-    own = {"rule": dict} if number == 1 else {"averages": dict, "compensated": bool}
+    own = (
+        {"rule": dict} if number == 1 else {"averages": dict, "compensated": bool, "excluded": list}
+    )
     for key, kind in ({"run": str, "weights": list} | own).items():
         if not isinstance(description.get(key), kind):
             raise damaged(f"{key!r} is {description.get(key)!r}")
     for name, rule in description.get("averages", {}).items():
         if not name.isidentifier() or not isinstance(rule, dict):
             raise damaged(f"'averages' contains {name!r}: {rule!r}")
+    for position in description.get("excluded", ()):
+        if not isinstance(position, int) or not 0 <= position < len(description["weights"]):
+            raise damaged(f"'excluded' contains {position!r}")
     for entry in description["weights"]:
         if not _describes_weight(entry):
             raise damaged(f"'weights' contains {entry!r}")

@@ -12,7 +12,14 @@ from polyak_model import PolyakModel
 INPUTS = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
 TARGETS = np.random.default_rng(1).normal(size=(16, 2)).astype("float32")
 # Of an average without rules.
-DESCRIPTION = {"format": 2, "version": "1", "run": "a", "compensated": False, "weights": []}
+DESCRIPTION = {
+    "format": 2,
+    "version": "1",
+    "run": "a",
+    "compensated": False,
+    "weights": [],
+    "excluded": [],
+}
 RULE = {"class_name": "ExponentialAverage", "config": {"decay": 0.5}}
 
 

@@ -82,6 +82,7 @@ def test_the_groups_names_and_description_of_format_2_are_these(tmp_path):
                 }
             },
             "compensated": True,
+            "excluded": [],
             "weights": [
                 ["sequential/dense/kernel", [2, 3], "bfloat16"],
                 ["sequential/dense/bias", [3], "bfloat16"],
@@ -136,6 +137,7 @@ GOOD = {
     "averages": {"short": {}},
     "compensated": True,
     "weights": WEIGHTS,
+    "excluded": [0],
 }
 
 
@@ -152,7 +154,11 @@ GOOD = {
         '{"format": Infinity, "version": "1"}',
         *(json.dumps({k: v for k, v in GOOD.items() if k != key}) for key in GOOD),
         *(json.dumps({k: v for k, v in GOOD_1.items() if k != key}) for key in GOOD_1),
-        *(json.dumps(GOOD | {key: 7}) for key in ("run", "averages", "compensated", "weights")),
+        *(
+            json.dumps(GOOD | {key: 7})
+            for key in ("run", "averages", "compensated", "weights", "excluded")
+        ),
+        *(json.dumps(GOOD | {"excluded": [position]}) for position in ("0", -1, 1)),
         *(json.dumps(GOOD | {"averages": rules}) for rules in ({"short": 7}, {"a/b": {}})),
         *(
             json.dumps(GOOD | {"weights": [entry]})
