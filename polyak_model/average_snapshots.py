@@ -55,7 +55,7 @@ class AverageSnapshots(keras.callbacks.Callback):
     >>> history = model.fit(x, y, batch_size=1, callbacks=[AverageSnapshots(folder)], verbose=0)
     >>> rebuilt = snapshots.rebuild(folder, PowerAverage.from_relative_width(0.10))
     >>> rebuilt.step, rebuilt.snapshots, round(rebuilt.walk_error, 3)
-    (100, 25, 0.02)
+    (100, 25, 0.035)
     """
 
     def __init__(self, folder, count=16, every=None):

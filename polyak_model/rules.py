@@ -17,13 +17,24 @@ import sys
 
 import numpy as np
 
-from polyak_model.errors import check_decay, check_exponent, check_integer, is_number
+from polyak_model.errors import (
+    check_choice,
+    check_decay,
+    check_exponent,
+    check_integer,
+    is_number,
+)
 
 _LOG_TINY = -745.0  # Its exponential is the smallest positive float.
 _BLOCK = 2**20
 # Names and relative widths of the averages that `PowerAverage.pair` and `.triple` propose.
 _PAIR = {"short": 0.03, "long": 0.20}
 _TRIPLE = {"short": 0.03, "medium": 0.10, "long": 0.25}
+_DECAYS = {
+    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+    "linear": lambda x: 1 - x,
+    "1-sqrt": lambda x: 1 - np.sqrt(x),
+}
 
 
 class _ImmutableType(abc.ABCMeta):
@@ -394,6 +405,17 @@ class PowerAverage(Rule):
         gamma = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()
         return cls(gamma=max(float(gamma), 0.0), **kwargs)
 
+    @property
+    def relative_width(self):
+        """The standard deviation of the profile, as a fraction of the steps so far.
+
+        Example:
+
+        >>> round(PowerAverage(gamma=6.937203937602).relative_width, 12)
+        0.1
+        """
+        return math.sqrt((self.gamma + 1) / (self.gamma + 3)) / (self.gamma + 2)
+
     @classmethod
     def pair(cls, **kwargs):
         """Returns the two averages to keep if the length is chosen after training.
@@ -518,6 +540,42 @@ def cumulative_share(rule, n, steps):
     with np.errstate(divide="ignore"):
         growth = rule._log_growth(np.append(moves, float(last)))
     return np.where(steps >= start, np.exp(growth[:-1] - growth[-1]), 0.0)
+
+
+def decay_shares(shape, n):
+    """Returns the shares of n checkpoints whose average imitates a decay of the learning rate.
+
+        c_j = w((j - 1) / n) - w(j / n)
+
+    where w(x), from w(0) = 1 to w(1) = 0, is the factor of the learning rate after
+    the fraction x of the decay: `(1 + cos(pi * x)) / 2`, `1 - x` or `1 - sqrt(x)`. To
+    first order, training at a constant rate and averaging checkpoints at even
+    distances with these shares gives the weights of training with the decay.
+
+    Args:
+        shape: `"cosine"`, `"linear"` or `"1-sqrt"`.
+        n: Int, at least 1, the number of checkpoints.
+
+    Returns:
+        A float64 array of shape `(n,)` that sums to 1, the earliest checkpoint first.
+
+    Raises:
+        ValueError: If `shape` is another string, or `n` is not an int of at least 1.
+
+    Example:
+
+    >>> decay_shares("linear", 4)
+    array([0.25, 0.25, 0.25, 0.25])
+    >>> decay_shares("cosine", 5).round(10)
+    array([0.0954915, 0.25     , 0.309017 , 0.25     , 0.0954915])
+
+    Reference:
+        Tian et al. 2025, WSM: decay-free learning rate schedule via checkpoint
+        merging, section 3.
+    """
+    check_choice("shape", shape, tuple(_DECAYS))
+    x = np.arange(check_integer("n", n, at_least=1, counts="checkpoints") + 1) / n
+    return -np.diff(_DECAYS[shape](x))
 
 
 def _log_rising(x, a):

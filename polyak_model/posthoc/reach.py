@@ -77,13 +77,11 @@ def family_of(rule, step):
 
 def _power_family(rule):
     schedule = {"start_step": rule.start_step, "update_every": rule.update_every}
-    gamma = rule.gamma
-    width = math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
     def make(width):
         return rules.PowerAverage.from_relative_width(width, **schedule)
 
-    return Family("relative width", make, 0.002, 12**-0.5, width)
+    return Family("relative width", make, 0.002, 12**-0.5, rule.relative_width)
 
 
 def _exponential_family(rule, step):

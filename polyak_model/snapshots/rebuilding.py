@@ -129,7 +129,7 @@ def rebuild(folder, rule, output=None, like=None, step=None, max_error=0.05, pro
             f"`max_error` must be a number of at least 0. Received: max_error={max_error!r}. "
             "Use 0.05, an error of 5 % of the distance from the raw weights."
         )
-    _check_paths(output, like)
+    check_paths(output, like)
     run = read_run(folder)
     rebuilt = find_combination(run, fit(run, step), rule)
     if rebuilt.walk_error > max_error:
@@ -210,7 +210,6 @@ def write(run, coefficients, output, like=None, progress=None):
             pattern = stack.enter_context(open_weights(like))
             check_plain([pattern])
             dtypes = _check_architecture(pattern, last)
-            check_output(output, (find_kind(output),), [like])
         floats = [path for path, variable in last.variables.items() if "float" in variable.dtype]
         mirrored = [path for path in floats if path not in set(averaged)]
         others = [path for path in last.variables if path not in set(floats)]
@@ -224,7 +223,16 @@ def write(run, coefficients, output, like=None, progress=None):
         return find_batch_statistics(dataclasses.replace(pattern, variables=last.variables))
 
 
-def _check_paths(output, like):
+def check_paths(output, like):
+    """Checks the endings of the output and the architecture, and that the output can be created.
+
+    Args:
+        output: The file to write, or None.
+        like: A `.keras` file, or None.
+
+    Raises:
+        InputError: If an ending is wrong or the output cannot be created.
+    """
     if like is not None and find_kind(like) != ".keras":
         raise InputError(
             f"`like` must be a .keras file of the architecture. Received: {str(like)!r}. Save the "
@@ -232,7 +240,7 @@ def _check_paths(output, like):
         )
     if output is None:
         return
-    check_output(output, (".weights.h5", ".keras"))
+    check_output(output, (".weights.h5", ".keras"), [] if like is None else [like])
     if str(output).endswith(".keras") and like is None:
         raise InputError(
             f"Cannot write {str(output)!r}: snapshots contain no architecture. Name a plain .keras "
