@@ -6,14 +6,16 @@ import typing
 import keras
 
 from polyak_model import backend
-from polyak_model.average.pairing import AVERAGED
 from polyak_model.errors import check_integer
 from polyak_model.model import PolyakModel
-from polyak_model.saving.variable_paths import find_saved_values
 from polyak_model.snapshots.folder import list_snapshots, snapshot_name
-from polyak_model.snapshots.record import Record, Weight, write_snapshot
+from polyak_model.snapshots.reading import find_readers
+from polyak_model.snapshots.record import Record, write_snapshot
 from polyak_model.snapshots.thinning import find_spacing, find_superfluous
 from polyak_model.weight_files.atomic_write import atomic_file
+
+# In bytes. Snapshots that a later spacing removes stay in memory up to this limit.
+_MOST_PENDING = 2**27
 
 
 class AverageSnapshots(keras.callbacks.Callback):
@@ -25,8 +27,11 @@ class AverageSnapshots(keras.callbacks.Callback):
 
     Snapshots are kept at every s-th step. When there are twice `count` of them, s
     is doubled and every second one is removed. So there are `count` to twice
-    `count` of them however long the training is, and one more at its end. A
-    training that is resumed goes on in the same folder. Files that this callback
+    `count` of them however long the training is, and one more at its end. If the
+    length of the training is known, small snapshots that will be removed are
+    written only if it ends early.
+
+    A training that is resumed goes on in the same folder. Files that this callback
     did not write are left alone.
 
     Args:
@@ -64,8 +69,10 @@ class AverageSnapshots(keras.callbacks.Callback):
         self.count = check_integer("count", count, at_least=1, counts="snapshots")
         self.every = every if every is None else check_integer("every", every, at_least=1)
         self._paths = {}  # By step, in the current period.
+        self._pending = {}  # By step: contents of files that are likely to be superfluous.
+        self._readers = {}
         self._position = _Position(0, 0)
-        self._period = self._sequence = 0
+        self._period = self._sequence = self._last_step = 0
         self._is_first_epoch = True
         self._batches_left = 0
         self._last_batch = -1
@@ -98,9 +105,11 @@ class AverageSnapshots(keras.callbacks.Callback):
             before = 0
             self._restart()
         self._position = position
-        spacing = self.every or find_spacing(position.step, self.count)
+        spacing = self._spacing(position.step)
         if position.step // spacing > before // spacing:
-            self._save(spacing)
+            last_spacing = self._spacing(max(position.step, self._last_step))
+            self._add(is_lasting=position.step // last_spacing > before // last_spacing)
+            self._remove(spacing)
         self._batches_left = spacing - position.step % spacing
 
     def on_train_end(self, logs=None):
@@ -109,9 +118,15 @@ class AverageSnapshots(keras.callbacks.Callback):
             self._resume()
         position = _find_position(self.model)
         # It is earlier if the best weights were restored.
-        if position.step > max(self._paths, default=0):
+        if position.step > max({**self._paths, **self._pending}, default=0):
             self._position = position
-            self._save(self.every or find_spacing(position.step, self.count))
+            self._add(is_lasting=True)
+        self._remove(self._spacing(self._position.step))
+        for step in sorted(self._pending):
+            self._write(step, *self._pending.pop(step))
+
+    def _spacing(self, step):
+        return self.every or find_spacing(step, self.count)
 
     def _resume(self):
         """Finds which snapshots in the folder belong to the past of this training."""
@@ -125,7 +140,10 @@ class AverageSnapshots(keras.callbacks.Callback):
                     f"{str(self.folder)!r}, in which {other.path.name!r} is of another one. Choose "
                     "a new folder."
                 )
-        self._paths, self._position, self._batches_left = {}, position, 0
+        self._paths, self._pending, self._readers = {}, {}, {}
+        self._position, self._batches_left = position, 0
+        planned = self.params.get("epochs", 0) * (self.params.get("steps") or 0)
+        self._last_step = position.step + planned
         if not found:
             self._period = self._sequence = 0
             return
@@ -142,25 +160,41 @@ class AverageSnapshots(keras.callbacks.Callback):
 
     def _restart(self):
         self._period += 1
-        self._paths = {}
+        self._paths, self._pending = {}, {}
 
-    def _save(self, spacing):
+    def _add(self, is_lasting):
+        """Takes a snapshot.
+
+        Args:
+            is_lasting: Bool. Whether it stays if training goes on as planned.
+        """
         step, iterations = self._position
-        shadow = self.model.shadow
-        averages = _find_averages(self.model)
-        rules = {name: each.rule for name, each in averages.items()}
-        record = Record(shadow.run, step, iterations, self._period, self._sequence + 1, rules)
-        weights, groups = {}, {}
-        for name, each in averages.items():
-            weights[name], groups = _read_weights(each.pairing)
+        self._readers = self._readers or find_readers(self.model)
+        self._sequence += 1
+        rules = {name: reader.rule for name, reader in self._readers.items()}
+        run = self.model.shadow.run
+        record = Record(run, step, iterations, self._period, self._sequence, rules)
+        weights = {name: reader.read() for name, reader in self._readers.items()}
+        groups = next(iter(self._readers.values())).groups
+        size = sum(weight.array.nbytes for each in weights.values() for weight in each)
+        if is_lasting or size * 2 * self.count > _MOST_PENDING:
+            self._write(step, record, weights, groups)
+        else:
+            self._pending[step] = (record, weights, groups)
+
+    def _write(self, step, record, weights, groups):
         path = self.folder / snapshot_name(step)
-        size = sum(w.array.nbytes + 4096 for each in weights.values() for w in each)
+        # HDF5 and the record add less to each variable.
+        size = sum(weight.array.nbytes + 4096 for each in weights.values() for weight in each)
         with atomic_file(path, size) as partial:
             write_snapshot(partial, record, weights, groups)
-        self._sequence += 1
         self._paths[step] = path
-        for superfluous in find_superfluous(self._paths, spacing):
-            self._paths.pop(superfluous).unlink(missing_ok=True)
+
+    def _remove(self, spacing):
+        for step in find_superfluous({**self._paths, **self._pending}, spacing):
+            self._pending.pop(step, None)
+            if step in self._paths:
+                self._paths.pop(step).unlink(missing_ok=True)
 
 
 class _Position(typing.NamedTuple):
@@ -173,51 +207,5 @@ class _Position(typing.NamedTuple):
         return self.iterations - self.step
 
 
-class _Average(typing.NamedTuple):
-    rule: typing.Any
-    pairing: typing.Any
-
-
 def _find_position(model):
     return _Position(model.average_step, int(backend.optimizer_step(model.raw_model)))
-
-
-def _find_averages(model):
-    """Returns the averages of a `PolyakModel` by name, with rules that count from step 0."""
-    shadow = model.shadow
-    averages = getattr(shadow, "averages", {"average": shadow})
-    return {name: _Average(_shift(each), each.pairing) for name, each in averages.items()}
-
-
-def _shift(average):
-    origin = int(getattr(average, "origin", 0))
-    config = average.rule.get_config()
-    return type(average.rule).from_config({**config, "start_step": config["start_step"] + origin})
-
-
-def _read_weights(pairing):
-    """Returns the `Weight`s of an average, and the attributes of its groups."""
-    values, groups = find_saved_values(pairing.average_model)
-    pairs = {id(pair.average): pair for pair in pairing.pairs}
-    saved = {id(value) for value in values.values()}
-    for pair in pairing.averaged:
-        if id(pair.average) not in saved:
-            raise ValueError(
-                "AverageSnapshots needs weights that Keras saves as they are. Received: the weight "
-                f"{pair.average.path!r}, which it saves in another form, as with LoRA. Merge it "
-                "before the model is wrapped."
-            )
-    weights = [_read(path, value, pairs.get(id(value))) for path, value in values.items()]
-    return weights, groups
-
-
-def _read(path, value, pair):
-    dtype = str(getattr(value, "dtype", "float32"))
-    averaged = pair is not None and pair.how == AVERAGED
-    array = keras.ops.convert_to_numpy(pair.target if averaged else value)
-    if averaged and pair.residual is not None:
-        # Only float64 holds both.
-        array = array.astype("float64") + keras.ops.convert_to_numpy(pair.residual)
-    elif keras.backend.is_float_dtype(dtype) and array.dtype.itemsize < 4:
-        array = array.astype("float32")
-    return Weight(path, array, dtype, averaged and pair.learned)
