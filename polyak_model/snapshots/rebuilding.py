@@ -121,7 +121,7 @@ def rebuild(folder, rule, output=None, like=None, step=None, max_error=0.05, pro
     """
     if not isinstance(rule, Rule):
         raise ValueError(
-            f"`rule` must be a rule such as PowerAverage.from_relative_width(0.1). "
+            "`rule` must be a rule such as PowerAverage.from_relative_width(0.1). "
             f"Received: rule={rule!r}."
         )
     if not is_number(max_error) or not max_error >= 0:
@@ -312,6 +312,9 @@ def _too_far(run, rebuilt, max_error):
     nearest = find_nearest(basis, rebuilt.rule, max_error)
     count = find_count(basis, rebuilt.rule, max_error)
     remedy = f"The nearest that can be rebuilt has {nearest}. " if nearest else ""
+    last = max(step for step, _ in rebuilt.coefficients)
+    if last < rebuilt.step:
+        remedy += f"The last snapshot before is of step {last}: choose that step. "
     if count is None:
         remedy += "More snapshots of these averages would not suffice: keep a more similar average"
     else:
