@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 if typing.TYPE_CHECKING:
     from polyak_model.average.batch_norm import refresh_statistics
     from polyak_model.average.cloning import clone_model
+    from polyak_model.average_snapshots import AverageSnapshots
     from polyak_model.callbacks import AverageCheckpoint
     from polyak_model.model import PolyakModel
     from polyak_model.rules import (
@@ -22,6 +23,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "AverageCheckpoint",
+    "AverageSnapshots",
     "ExponentialAverage",
     "PolyakModel",
     "PolynomialAverage",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
+    "AverageSnapshots": "polyak_model.average_snapshots",
     "PolyakModel": "polyak_model.model",
     "clone_model": "polyak_model.average.cloning",
     "refresh_statistics": "polyak_model.average.batch_norm",

@@ -17,7 +17,24 @@ import sys
 
 import numpy as np
 
-from polyak_model.errors import check_decay, check_exponent, check_integer, is_number
+from polyak_model.errors import (
+    check_choice,
+    check_decay,
+    check_exponent,
+    check_integer,
+    is_number,
+)
+
+_LOG_TINY = -745.0  # Its exponential is the smallest positive float.
+_BLOCK = 2**20
+# Names and relative widths of the averages that `PowerAverage.pair` and `.triple` propose.
+_PAIR = {"short": 0.03, "long": 0.20}
+_TRIPLE = {"short": 0.03, "medium": 0.10, "long": 0.25}
+_DECAYS = {
+    "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
+    "linear": lambda x: 1 - x,
+    "1-sqrt": lambda x: 1 - np.sqrt(x),
+}
 
 
 class _ImmutableType(abc.ABCMeta):
@@ -102,6 +119,22 @@ class Rule(metaclass=_ImmutableType):
             "weight of the newest iterate at step `t`, `k` steps after the last move, computed "
             "with the functions of the namespace `xp` (numpy or keras.ops)."
         )
+
+    def _log_growth(self, moves):
+        """Returns `-log((1 - w_1) ... (1 - w_m))` up to a constant, for numbers m of moves.
+
+        Subclasses may override this sum over all moves with a closed form.
+        """
+        most = int(moves.max())
+        growth = np.zeros(most + 1)
+        for start in range(0, most, _BLOCK):
+            m = np.arange(start + 1, min(start + _BLOCK, most) + 1)
+            weights = self.weight(self.start_step + m * self.update_every, self.update_every)
+            with np.errstate(divide="ignore"):
+                # A weight of 1 forgets the past: its infinite logarithm would remain in the sum.
+                logs = np.maximum(np.log1p(-weights), _LOG_TINY)
+            growth[m] = growth[start] - np.cumsum(logs)
+        return growth[moves.astype("int64")]
 
     def __setattr__(self, name, value):
         self._check_mutable(name)
@@ -223,6 +256,21 @@ class ExponentialAverage(Rule):
             return share / -xp.expm1(t * self._log_decay)
         return share
 
+    def _log_growth(self, moves):
+        k, log_decay = self.update_every, max(self._log_decay, _LOG_TINY)
+        if self.warmup:
+            # The ramp (1 + n) / (10 + n) is below `decay` for the first moves; its product over
+            # n < m telescopes to 9! m! / (m + 9)!.
+            ramp = math.ceil(max(10 * self.decay - 1, 0) / (1 - self.decay))
+            m = np.minimum(moves, ramp)
+            factors = np.arange(1.0, 10.0)
+            logs = np.log1p(m[:, None] / factors).sum(1)
+            return k * (logs - (moves - m) * log_decay)
+        growth = -moves * k * log_decay
+        if self.debias:
+            growth += np.log(-np.expm1(-growth))
+        return growth
+
     def get_config(self):
         config = {"decay": self.decay, "debias": self.debias, "warmup": self.warmup}
         return {**config, **super().get_config()}
@@ -251,6 +299,9 @@ class UniformAverage(Rule):
 
     def _share(self, t, k, xp):
         return k / t
+
+    def _log_growth(self, moves):
+        return np.log(moves)
 
 
 class PolynomialAverage(Rule):
@@ -285,6 +336,9 @@ class PolynomialAverage(Rule):
     def _share(self, t, k, xp):
         n = t / k - 1
         return (self.eta + 1) / (n + 1 + self.eta)
+
+    def _log_growth(self, moves):
+        return _log_rising(moves, self.eta + 1)
 
     def get_config(self):
         return {"eta": self.eta, **super().get_config()}
@@ -351,8 +405,68 @@ class PowerAverage(Rule):
         gamma = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()
         return cls(gamma=max(float(gamma), 0.0), **kwargs)
 
+    @property
+    def relative_width(self):
+        """The standard deviation of the profile, as a fraction of the steps so far.
+
+        Example:
+
+        >>> round(PowerAverage(gamma=6.937203937602).relative_width, 12)
+        0.1
+        """
+        return math.sqrt((self.gamma + 1) / (self.gamma + 3)) / (self.gamma + 2)
+
+    @classmethod
+    def pair(cls, **kwargs):
+        """Returns the two averages to keep if the length is chosen after training.
+
+        Any other power average of relative width 0.03 to 0.25 can be rebuilt from
+        snapshots of these two. Of all pairs tried, this one has the smallest
+        worst error over these widths: with 16 snapshots 0.5 % of the distance
+        from the raw weights for iterates that walk at random, where 0.05 and 0.10
+        have 2 %, and with coefficients of the smallest absolute sum.
+
+        Args:
+            **kwargs: The other arguments of `PowerAverage`.
+
+        Returns:
+            A dict from name to `PowerAverage`: `"short"` of relative width 0.03
+            and `"long"` of 0.20.
+
+        Example:
+
+        >>> {name: round(rule.gamma, 2) for name, rule in PowerAverage.pair().items()}
+        {'short': 30.32, 'long': 1.83}
+        """
+        return {name: cls.from_relative_width(w, **kwargs) for name, w in _PAIR.items()}
+
+    @classmethod
+    def triple(cls, **kwargs):
+        """Returns the three averages to keep if the length is chosen after training.
+
+        With two thirds of the snapshots of `pair`, on the same disk space, the
+        worst error over relative widths of 0.03 to 0.25 is a third of that of
+        `pair`.
+
+        Args:
+            **kwargs: The other arguments of `PowerAverage`.
+
+        Returns:
+            A dict from name to `PowerAverage`: `"short"` of relative width 0.03,
+            `"medium"` of 0.10 and `"long"` of 0.25.
+
+        Example:
+
+        >>> {name: round(rule.gamma, 2) for name, rule in PowerAverage.triple().items()}
+        {'short': 30.32, 'medium': 6.94, 'long': 0.72}
+        """
+        return {name: cls.from_relative_width(w, **kwargs) for name, w in _TRIPLE.items()}
+
     def _share(self, t, k, xp):
         return -xp.expm1((self.gamma + 1) * xp.log1p(-k / t))
+
+    def _log_growth(self, moves):
+        return (self.gamma + 1) * np.log(moves)
 
     def get_config(self):
         return {"gamma": self.gamma, **super().get_config()}
@@ -388,6 +502,95 @@ def shares(rule, n):
     later = np.cumprod(1 - weights[:0:-1])[::-1]
     weights[:-1] *= later
     return weights
+
+
+def cumulative_share(rule, n, steps):
+    """Returns the share of the iterates up to some steps in the average after step n.
+
+        F(s) = (1 - w_{s+1}) * (1 - w_{s+2}) * ... * (1 - w_n)
+
+    where w_t is the weight of the rule at step t, and 0 where the average does
+    not move. The weights before the first step count as the iterate of step 0.
+    For the rules of this package it is computed in closed form, so that runs of
+    any length take no longer.
+
+    Args:
+        rule: A `Rule`.
+        n: Int, at least 1, the number of optimizer steps.
+        steps: Array of ints.
+
+    Returns:
+        A float64 array of the shape of `steps`, 0 for negative steps and 1 from
+        n on.
+
+    Example:
+
+    >>> cumulative_share(UniformAverage(), 4, np.arange(-1, 6))
+    array([0.  , 0.  , 0.25, 0.5 , 0.75, 1.  , 1.  ])
+    >>> cumulative_share(ExponentialAverage(0.5, debias=False), 3, np.arange(4))
+    array([0.125, 0.25 , 0.5  , 1.   ])
+    """
+    start, every = rule.start_step, rule.update_every
+    steps = np.asarray(steps)
+    last = (n - start) // every
+    if last < 1:
+        # The average still equals one iterate.
+        return (steps >= min(n, start)).astype("float64")
+    moves = np.clip((steps - start) // every, 0, last).astype("float64")
+    with np.errstate(divide="ignore"):
+        growth = rule._log_growth(np.append(moves, float(last)))
+    return np.where(steps >= start, np.exp(growth[:-1] - growth[-1]), 0.0)
+
+
+def decay_shares(shape, n):
+    """Returns the shares of n checkpoints whose average imitates a decay of the learning rate.
+
+        c_j = w((j - 1) / n) - w(j / n)
+
+    where w(x), from w(0) = 1 to w(1) = 0, is the factor of the learning rate after
+    the fraction x of the decay: `(1 + cos(pi * x)) / 2`, `1 - x` or `1 - sqrt(x)`. To
+    first order, training at a constant rate and averaging checkpoints at even
+    distances with these shares gives the weights of training with the decay.
+
+    Args:
+        shape: `"cosine"`, `"linear"` or `"1-sqrt"`.
+        n: Int, at least 1, the number of checkpoints.
+
+    Returns:
+        A float64 array of shape `(n,)` that sums to 1, the earliest checkpoint first.
+
+    Raises:
+        ValueError: If `shape` is another string, or `n` is not an int of at least 1.
+
+    Example:
+
+    >>> decay_shares("linear", 4)
+    array([0.25, 0.25, 0.25, 0.25])
+    >>> decay_shares("cosine", 5).round(10)
+    array([0.0954915, 0.25     , 0.309017 , 0.25     , 0.0954915])
+
+    Reference:
+        Tian et al. 2025, WSM: decay-free learning rate schedule via checkpoint
+        merging, section 3.
+    """
+    check_choice("shape", shape, tuple(_DECAYS))
+    x = np.arange(check_integer("n", n, at_least=1, counts="checkpoints") + 1) / n
+    return -np.diff(_DECAYS[shape](x))
+
+
+def _log_rising(x, a):
+    """Returns `log(gamma(x + a) / gamma(x))` for an array x, without cancellation."""
+    shift = np.arange(16.0)
+    low = np.log1p(a / (x[:, None] + shift)).sum(1)
+    x = x + len(shift)
+    y = x + a
+    stirling = (y - 0.5) * np.log1p(a / x) + a * np.log(x) - a + _stirling(y) - _stirling(x)
+    # gamma(x + a) / gamma(x) has the factors (x + a) / x, which the shift takes out.
+    return stirling - low
+
+
+def _stirling(x):
+    return 1 / (12 * x) - 1 / (360 * x**3) + 1 / (1260 * x**5) - 1 / (1680 * x**7)
 
 
 def rescale_decay(decay, batch_ratio):

@@ -5,12 +5,16 @@ import types
 import warnings
 
 import keras
+import numpy as np
 from keras import tree
 
 from polyak_model.backend.keras_internals import flatten_layers, metric_direction
 from polyak_model.errors import InputError
 from polyak_model.weight_files.refusal import in_one_line, refusal
 from polyak_model.weight_files.safe_config import check_config
+
+# Parts of the data from which the standard error of a score is estimated.
+_FEWEST_PARTS, _MOST_PARTS = 10, 40
 
 
 def load_model(path, config):
@@ -148,6 +152,39 @@ class Scorer:
         self.assign(weights)
         with _data_errors():
             return float(self._evaluate(*self._data)[self.metric])
+
+    def score_with_error(self, weights):
+        """Scores weights as `score` does, and estimates the standard error of the score.
+
+        The error follows from the scores of parts of the data, so it needs a loss
+        or a metric that is a mean over examples.
+
+        Args:
+            weights: List of arrays, as from `read`.
+
+        Returns:
+            Tuple of the score, a float, and its standard error, a float or None.
+
+        Raises:
+            InputError: If Keras cannot evaluate the model on the data.
+        """
+        metrics = [part for m in self.model.metrics for part in getattr(m, "metrics", [m])]
+        means = {each.name for each in metrics if isinstance(each, keras.metrics.Mean)}
+        count = len(tree.flatten(self._data)[0])
+        size = min(-(-count // _FEWEST_PARTS), self._batch_size)
+        size *= max(1, -(-count // (_MOST_PARTS * size)))
+        if self.metric not in means or count <= size:
+            return self.score(weights), None
+        self.assign(weights)
+        scores, sizes = [], []
+        for start in range(0, count, size):
+            part = tree.map_structure(lambda a, start=start: a[start : start + size], self._data)
+            with _data_errors():
+                scores.append(self._evaluate(*part)[self.metric])
+            sizes.append(min(size, count - start))
+        score = np.average(scores, weights=sizes)
+        variance = np.average((scores - score) ** 2, weights=sizes) / (len(sizes) - 1)
+        return float(score), float(np.sqrt(variance))
 
     def save(self, path):
         """Saves the model with its current weights, compiled as it was loaded.

@@ -50,6 +50,7 @@ LIMIT = 20
 NEVER_QUICK = {"backend", "benchmarks", "science", "training"} | {
     "test_app.py",
     "test_attribute_access.py",
+    "test_average_snapshots.py",
     "test_backup_and_restore.py",
     "test_batch_norm.py",
     "test_callbacks.py",
@@ -59,12 +60,16 @@ NEVER_QUICK = {"backend", "benchmarks", "science", "training"} | {
     "test_demo.py",
     "test_export.py",
     "test_joint_model.py",
+    "test_measured_errors.py",
     "test_model.py",
     "test_notebooks.py",
+    "test_refreshing.py",
     "test_routed_model.py",
     "test_scoring.py",
     "test_shadow.py",
     "test_soup.py",
+    "test_sweep.py",
+    "test_sweeping_with_keras.py",
 }
 QUICK_RULES = [closed_forms.RULES[name] for name in ("debiased", "late-and-rare")]
 

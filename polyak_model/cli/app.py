@@ -60,7 +60,7 @@ def build_app():
     """
     import typer
 
-    from polyak_model.cli import average, extract, inspect, soup
+    from polyak_model.cli import average, extract, inspect, rebuild, soup, sweep
     from polyak_model.cli.demo import command as demo
 
     app = typer.Typer(
@@ -87,6 +87,7 @@ def build_app():
             print(context.get_help())
 
     app.command(cls=average.Command)(average.average)
-    for function in (demo.demo, extract.extract, inspect.inspect, soup.soup):
+    app.command(cls=sweep.Command)(sweep.sweep)
+    for function in (demo.demo, extract.extract, inspect.inspect, rebuild.rebuild, soup.soup):
         app.command()(function)
     return app

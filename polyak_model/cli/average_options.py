@@ -16,25 +16,26 @@ _RULES = {
 }
 
 
-def join_weights(arguments):
-    """Joins the numbers after `--weights` into one argument, since an option takes one value.
+def join_numbers(arguments, option):
+    """Joins the numbers after an option into one argument, since an option takes one value.
 
     Args:
         arguments: List of strings.
+        option: Name of the option.
 
     Returns:
         A list of strings.
 
     Example:
 
-    >>> join_weights(["a.keras", "--weights", "1", "2", "-o", "out.keras"])
+    >>> join_numbers(["a.keras", "--weights", "1", "2", "-o", "out.keras"], "--weights")
     ['a.keras', '--weights', '1,2', '-o', 'out.keras']
     """
-    if "--weights" not in arguments:
+    if option not in arguments:
         return arguments
-    start = arguments.index("--weights") + 1
+    start = arguments.index(option) + 1
     end = start
-    while end < len(arguments) and _parse_numbers(arguments[end]) is not None:
+    while end < len(arguments) and parse_numbers(arguments[end]) is not None:
         end += 1
     return [*arguments[:start], *filter(None, [",".join(arguments[start:end])]), *arguments[end:]]
 
@@ -81,7 +82,7 @@ def choose_files(files, output, last=None, best=None, by=None, mode=None):
     return choose_best(files, best, history, column, mode)
 
 
-def choose_weights(count, weights, rule, options):
+def choose_weights(count, weights, rule, options, shape=None):
     """Returns the weights of the files, relative to each other.
 
     Args:
@@ -89,6 +90,7 @@ def choose_weights(count, weights, rule, options):
         weights: Value of `--weights`, or None.
         rule: Value of `--rule`.
         options: Dict from the name of each rule's option to its value, or None.
+        shape: Value of `--shape`, or None.
 
     Returns:
         A sequence of `count` floats.
@@ -97,19 +99,25 @@ def choose_weights(count, weights, rule, options):
         InputError: If the options contradict each other or are out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if shape is not None and rule != "decay":
+        raise InputError(f"`--shape` does not apply to --rule {rule}. Leave it out.")
     if weights is not None:
         if given or rule != "uniform":
             raise InputError(
                 "`--weights` cannot be combined with `--rule` or its options. Received: both. "
                 "Leave one out."
             )
-        numbers = _parse_numbers(weights)
+        numbers = parse_numbers(weights)
         if numbers is None or not all(0 < number < math.inf for number in numbers):
             raise InputError(
                 f"`--weights` must be positive finite numbers. Received: {weights}. "
                 "Try --weights 1 2 3."
             )
         return numbers
+    if rule == "decay":
+        for name in given:
+            raise InputError(f"`--{name}` does not apply to --rule decay. Leave it out.")
+        return rules.decay_shares(shape or "linear", count).tolist()
     make, name, default = _RULES[rule]
     for other in given.keys() - {name}:
         raise InputError(f"`--{other}` does not apply to --rule {rule}. Leave it out.")
@@ -124,7 +132,14 @@ def choose_weights(count, weights, rule, options):
         raise InputError(str(error)) from error
 
 
-def _parse_numbers(text):
+def parse_numbers(text):
+    """Returns the numbers in a comma-separated text, a list of floats; None if it is none.
+
+    Example:
+
+    >>> parse_numbers("1,2.5"), parse_numbers("a")
+    ([1.0, 2.5], None)
+    """
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:

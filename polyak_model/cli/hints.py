@@ -27,5 +27,5 @@ def refresh_hint(layers):
     return (
         f"BatchNormalization: the averaged statistics of {abridge(layers)} do not match the "
         "averaged weights. Refresh them: load the model and call "
-        "`polyak_model.refresh_statistics(model, data)` with training data."
+        "`polyak_model.refresh_statistics(model, data)` with training data, or pass --refresh."
     )

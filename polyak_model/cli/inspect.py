@@ -7,6 +7,7 @@ import typing
 
 import typer
 
+from polyak_model.cli.inspect_folder import describe_folder, print_folder
 from polyak_model.cli.tables import print_table
 from polyak_model.errors import printable
 from polyak_model.saving import layout
@@ -28,8 +29,8 @@ def inspect(
         typer.Argument(
             metavar="FILE",
             exists=True,
-            dir_okay=False,
-            help="A .keras, .weights.h5 or .weights.json file.",
+            help="A .keras, .weights.h5 or .weights.json file; or the folder of an "
+            "AverageSnapshots callback.",
         ),
     ],
     as_json: typing.Annotated[
@@ -38,14 +39,21 @@ def inspect(
 ):
     """Show the variables and averages of a weight file.
 
-    For each average: its rule, its step and its distance from the raw model.
+    For each average: its rule, its step and its distance from the raw model. For a folder of
+    snapshots: the run, the steps, and the averages that can be rebuilt.
     """
-    with open_weights(file) as weights:
-        description = describe(weights)
+    is_folder = file.is_dir()
+    if is_folder:
+        description = describe_folder(file)
+    else:
+        with open_weights(file) as weights:
+            description = describe(weights)
     if as_json:
         # JSON has neither inf nor NaN.
         text = json.dumps({"file": str(file), **description})
         print(json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2))
+    elif is_folder:
+        print_folder(description)
     else:
         _print(description)
 

@@ -14,7 +14,7 @@ from polyak_model.saving.wrapper_reader import check_plain
 from polyak_model.soups import greedy_soup
 from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
 from polyak_model.weight_files.compatibility import check_alike, check_places
-from polyak_model.weight_files.npz import load_held_out
+from polyak_model.weight_files.npz import load_held_out, load_inputs
 from polyak_model.weight_files.output import check_output, writing
 from polyak_model.weight_files.reader import open_weights
 
@@ -68,6 +68,15 @@ def soup(
         typing.Literal["min", "max"] | None,
         typer.Option(help="Whether a smaller or a larger score is better. Default: as in Keras."),
     ] = None,
+    refresh: typing.Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            exists=True,
+            dir_okay=False,
+            help="Training data, an array x, to refresh BatchNormalization statistics at the end.",
+        ),
+    ] = None,
     batch_size: typing.Annotated[
         int, typer.Option(metavar="N", min=1, help="The number of examples per batch.")
     ] = 32,
@@ -83,18 +92,23 @@ def soup(
     check_output(output, _ENDINGS, sources=[model])
     config, statistics = check_files(model, candidates, output)
     held_out = load_held_out(data)
+    inputs = None if refresh is None else load_inputs(refresh)
 
     with show_progress("Loading the model", quiet) as update:
         # Keras takes seconds to import. Everything that can be checked without it comes before.
         from polyak_model.scoring import Scorer, load_model
+        from polyak_model.snapshots.refreshing import refresh as refresh_model
 
         scorer = Scorer(load_model(model, config), held_out, metric, batch_size)
         cooked = _cook(scorer, candidates, mode or _find_mode(scorer, metric), update)
         scorer.assign(cooked.weights)
+        if inputs is not None:
+            refresh_model(scorer.model, inputs)
         with writing(output) as partial:
             scorer.save(partial)
     if not quiet:
-        _report(cooked.trials, metric, cooked.score, statistics)
+        stale = statistics if refresh is None else []
+        _report(cooked.trials, metric, cooked.score, stale)
         print(f"\nWritten: {printable(str(output))}")
 
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import math
 import threading
 
+import ml_dtypes
 import numpy as np
 
 from polyak_model.weight_files.refusal import refusal
@@ -17,7 +18,7 @@ _SLAB = 2**18
 _THREADS = 2
 
 
-def combine(files, coefficients, names, target, progress=None):
+def combine(files, coefficients, names, target, progress=None, dtypes=None):
     """Writes linear combinations of the variables of several files.
 
         result = coefficients[0] * files[0] + coefficients[1] * files[1] + ...
@@ -32,6 +33,8 @@ def combine(files, coefficients, names, target, progress=None):
         target: An `h5py.File` open for writing, to create the variables in.
         progress: A function of the fraction done, a float up to 1, which is
             called now and then. Defaults to None.
+        dtypes: Dict from names to dtypes to write, as Keras names them. Defaults
+            to None: those of the last file.
 
     Raises:
         InputError: If a file is damaged or contains inf or NaN, or a result
@@ -43,16 +46,17 @@ def combine(files, coefficients, names, target, progress=None):
     buffers = _Buffers()
     # A mean lies between its terms. Rounding in float64 may leave these bounds, or overflow.
     is_mean = min(coefficients) >= 0 and math.isclose(math.fsum(coefficients), 1)
+    dtypes = {name: last[name].dtype for name in names} | (dtypes or {})
     jobs = (
-        (buffers, [file.variables[name] for file in files], coefficients, part, is_mean)
+        (buffers, [f.variables[name] for f in files], coefficients, part, dtypes[name], is_mean)
         for name in names
         for part in cut(last[name].shape, _SLAB)
     )
     created = None
-    for (_, variables, _, part, _), result in _map_in_order(_combine_part, jobs):
+    for (_, variables, _, part, dtype, _), result in _map_in_order(_combine_part, jobs):
         if variables[-1] is not created:
             created = variables[-1]
-            write = create_variable(target, created.name, created.shape, created.dtype)
+            write = create_variable(target, created.name, created.shape, dtype)
         write(part.index, result)
         done += result.nbytes
         if progress is not None:
@@ -104,8 +108,8 @@ def _map_in_order(function, jobs):
 
 # The result is checked at the end.
 @np.errstate(over="ignore", invalid="ignore")
-def _combine_part(buffers, variables, coefficients, part, is_mean):
-    """Returns the combination of one part of a tensor, in its dtype."""
+def _combine_part(buffers, variables, coefficients, part, dtype, is_mean):
+    """Returns the combination of one part of a tensor, in a dtype."""
     array = variables[0].read(part)
     total, term = buffers.of_shape(part.shape)
     np.multiply(array, coefficients[0], out=total, dtype="float64")
@@ -121,13 +125,13 @@ def _combine_part(buffers, variables, coefficients, part, is_mean):
             bounds = np.minimum(bounds[0], array), np.maximum(bounds[1], array)
     if bounds:
         np.clip(total, *bounds, out=total)
-    result = total.astype(array.dtype)
+    result = total.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     if not np.isfinite(result).all():
-        raise _not_finite(variables, part)
+        raise _not_finite(variables, part, dtype)
     return result
 
 
-def _not_finite(variables, part):
+def _not_finite(variables, part, dtype):
     for variable in variables:
         if not np.isfinite(variable.read(part)).all():
             return refusal(
@@ -138,6 +142,6 @@ def _not_finite(variables, part):
     last = variables[-1]
     return refusal(
         last.source,
-        f"the combination of {last.name!r} exceeds the range of {last.dtype}",
+        f"the combination of {last.name!r} exceeds the range of {dtype}",
         "Use smaller coefficients",
     )

@@ -60,6 +60,30 @@ def load_held_out(path):
     )
 
 
+def load_inputs(path):
+    """Loads inputs to refresh the statistics of a model with.
+
+    Args:
+        path: An .npz file with the array `x`; for a model with several inputs
+            `x0`, `x1` and so on. Other arrays are not read.
+
+    Returns:
+        An array, or a list of numbered arrays.
+
+    Raises:
+        InputError: If the file cannot be used.
+    """
+    try:
+        arrays = read_arrays(path, _EXAMPLE, lambda names: _pick(names, "x"))
+        _check(arrays)
+    except ArraysError as error:
+        raise InputError(
+            "`--refresh` must be an .npz file of training data with an array `x`, or `x0`, `x1` "
+            f"and so on. Received: {os.fspath(path)!r}, {error.problem}. {error.remedy}."
+        ) from error
+    return arrays["x"] if "x" in arrays else list(arrays.values())
+
+
 def read_arrays(path, example, choose=None):
     """Reads arrays of an .npz file.
 

@@ -1,0 +1,1 @@
+"""Averages rebuilt from stored ones: profiles, coefficients and errors, in NumPy alone."""
