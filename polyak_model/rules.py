@@ -17,7 +17,16 @@ import sys
 
 import numpy as np
 
-from polyak_model.errors import check_decay, check_exponent, check_integer, is_number
+from polyak_model.errors import (
+    check_decay,
+    check_exponent,
+    check_integer,
+    check_positive,
+    is_number,
+)
+
+# In moves of an average, so that long runs take little memory.
+_BLOCK = 2**16
 
 
 class _ImmutableType(abc.ABCMeta):
@@ -95,6 +104,71 @@ class Rule(metaclass=_ImmutableType):
             return step == step  # True, in the shape of `step`.
         t = step - self.start_step
         return (t <= 0) | (t % self.update_every == 0)
+
+    @property
+    def half_life(self):
+        """The age, in optimizer steps, at which the share of an iterate has halved.
+
+        It is a float for an exponential average, where every share shrinks at the
+        same rate, and None for other rules.
+
+        Example:
+
+        >>> round(ExponentialAverage(0.999).half_life), UniformAverage().half_life
+        (693, None)
+        """
+        return None
+
+    def mean_age(self, step):
+        """Returns the mean age of the iterates in the average, weighted by their shares.
+
+            sum over i of share_i * (step - i)
+
+        where `i = 0` stands for the weights before the first step.
+
+        Args:
+            step: Optimizer steps taken since averaging was (re)started. An int
+                of at least 0, or an array of them. It takes time in proportion
+                to the largest.
+
+        Returns:
+            A float for an int, otherwise a float64 array of the shape of `step`,
+            in optimizer steps.
+
+        Example:
+
+        >>> round(UniformAverage().mean_age(101), 9)
+        50.0
+        >>> round(PowerAverage.from_relative_width(0.10).mean_age(10_000) / 10_000, 3)
+        0.112
+        """
+        return _memory(self, step)[0]
+
+    def effective_iterates(self, step):
+        """Returns how many iterates an equally precise uniform mean would have.
+
+            1 / sum over i of share_i**2
+
+        For iterates with independent errors it is the factor by which averaging
+        divides their variance.
+
+        Args:
+            step: Optimizer steps taken since averaging was (re)started. An int
+                of at least 0, or an array of them. It takes time in proportion
+                to the largest.
+
+        Returns:
+            A float for an int, otherwise a float64 array of the shape of `step`.
+            It is 1 while the average mirrors the raw weights.
+
+        Example:
+
+        >>> round(UniformAverage().effective_iterates(100), 9)
+        100.0
+        >>> round(ExponentialAverage(0.99).effective_iterates(10_000))
+        199
+        """
+        return 1 / _memory(self, step)[1]
 
     def _share(self, t, k, xp):
         raise NotImplementedError(
@@ -186,32 +260,51 @@ class ExponentialAverage(Rule):
         self._log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
 
     @classmethod
-    def from_half_life(cls, steps, **kwargs):
-        """Returns the rule with a half-life of `steps` optimizer steps.
+    def from_half_life(cls, steps=None, *, epochs=None, steps_per_epoch=None, **kwargs):
+        """Returns the rule with a half-life in optimizer steps or in epochs.
 
-            decay = 0.5 ** (1 / steps)
+            decay = 0.5 ** (1 / steps),    steps = epochs * steps_per_epoch
 
         Args:
-            steps: Float above 0, in optimizer steps.
+            steps: Float above 0, in optimizer steps. Defaults to None: given in
+                epochs.
+            epochs: Float above 0. Defaults to None: given in steps.
+            steps_per_epoch: Float above 0, the optimizer steps of an epoch.
+                Needed with `epochs`.
             **kwargs: The other arguments of `ExponentialAverage`.
 
         Returns:
             An `ExponentialAverage`.
 
         Raises:
-            ValueError: If `steps` is not a positive finite number.
+            ValueError: If the half-life is not a positive finite number, or is
+                given neither or both ways.
 
         Example:
 
         >>> round(ExponentialAverage.from_half_life(1000).decay ** 1000, 12)
         0.5
+        >>> round(ExponentialAverage.from_half_life(epochs=2, steps_per_epoch=312).half_life, 9)
+        624.0
         """
-        if not is_number(steps) or not 0 < steps < math.inf:
+        if (steps is None) != (epochs is not None) or (epochs is None) != (steps_per_epoch is None):
             raise ValueError(
-                "`steps`, the half-life in optimizer steps, must be a positive finite number. "
-                f"Received: steps={steps!r}."
+                "`from_half_life()` needs either `steps`, or `epochs` and `steps_per_epoch`. "
+                f"Received: steps={steps!r}, epochs={epochs!r}, "
+                f"steps_per_epoch={steps_per_epoch!r}."
             )
-        return cls(decay=0.5 ** (1 / steps), **kwargs)
+        if steps is None:
+            steps = check_positive("epochs", epochs, "the half-life in epochs") * check_positive(
+                "steps_per_epoch", steps_per_epoch, "the number of optimizer steps in an epoch"
+            )
+        return cls(
+            decay=0.5 ** (1 / check_positive("steps", steps, "the half-life in optimizer steps")),
+            **kwargs,
+        )
+
+    @property
+    def half_life(self):
+        return -math.log(2) / self._log_decay
 
     def _share(self, t, k, xp):
         if self.warmup:
@@ -385,9 +478,46 @@ def shares(rule, n):
     """
     steps = np.arange(1, check_integer("n", n, at_least=1) + 1)
     weights = np.where(rule.moves_at(steps), rule.weight(steps, rule.update_every), 0.0)
-    later = np.cumprod(1 - weights[:0:-1])[::-1]
-    weights[:-1] *= later
-    return weights
+    return weights * _kept(weights)
+
+
+def _kept(weights):
+    """Returns the share of each iterate that later ones leave."""
+    return np.append(np.cumprod(1 - weights[:0:-1])[::-1], 1.0)
+
+
+def _memory(rule, step):
+    """Returns the mean age of the iterates and the sum of the squares of their shares.
+
+    Over the moves of the average, with the weight w_m of move m,
+
+        age_m = (1 - w_m) * (age_{m-1} + 1)
+        square_m = (1 - w_m)**2 * square_{m-1} + w_m**2
+    """
+    steps = np.asarray(step)
+    if steps.dtype.kind not in "iu" or (steps < 0).any():
+        raise ValueError(
+            f"`step` counts optimizer steps: it must be an int of at least 0, or an array of them. "
+            f"Received: step={step!r}."
+        )
+    since_start = np.maximum(steps - rule.start_step, 0)
+    moves, since_move = np.divmod(since_start, rule.update_every)
+    ends, positions = np.unique(moves, return_inverse=True)
+    age, square, done, found = 0.0, 1.0, 0, []
+    for end in ends:
+        while done < end:
+            block = np.arange(done + 1, min(end, done + _BLOCK) + 1)
+            t = rule.start_step + rule.update_every * block
+            weights = rule.weight(t, rule.update_every)
+            kept = _kept(weights)
+            remaining = kept[0] * (1 - weights[0])
+            age = remaining * (age + len(block)) + (weights * kept) @ (block[-1] - block)
+            square = remaining**2 * square + (weights * kept) @ (weights * kept)
+            done = block[-1]
+        found.append((age, square))
+    ages, squares = np.array(found).T[:, positions.reshape(steps.shape)]
+    ages = rule.update_every * ages + since_move
+    return (float(ages), float(squares)) if steps.ndim == 0 else (ages, squares)
 
 
 def rescale_decay(decay, batch_ratio):
@@ -413,12 +543,8 @@ def rescale_decay(decay, batch_ratio):
     Reference:
         Busbridge et al. 2023, How to scale your EMA, definition 1.2.
     """
-    if not is_number(batch_ratio) or not 0 < batch_ratio < math.inf:
-        raise ValueError(
-            "`batch_ratio`, the new batch size divided by the old one, must be a positive finite "
-            f"number. Received: batch_ratio={batch_ratio!r}."
-        )
-    return check_decay(decay) ** batch_ratio
+    ratio = check_positive("batch_ratio", batch_ratio, "the new batch size divided by the old one")
+    return check_decay(decay) ** ratio
 
 
 def get(average):
