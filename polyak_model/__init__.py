@@ -11,6 +11,7 @@ if typing.TYPE_CHECKING:
     from polyak_model.average.cloning import clone_model
     from polyak_model.callbacks import AverageCheckpoint
     from polyak_model.model import PolyakModel
+    from polyak_model.monitor import AverageMonitor
     from polyak_model.rules import (
         ExponentialAverage,
         PolynomialAverage,
@@ -22,6 +23,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "AverageCheckpoint",
+    "AverageMonitor",
     "ExponentialAverage",
     "PolyakModel",
     "PolynomialAverage",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
+    "AverageMonitor": "polyak_model.monitor",
     "PolyakModel": "polyak_model.model",
     "clone_model": "polyak_model.average.cloning",
     "refresh_statistics": "polyak_model.average.batch_norm",

@@ -60,6 +60,7 @@ NEVER_QUICK = {"backend", "benchmarks", "science", "training"} | {
     "test_export.py",
     "test_joint_model.py",
     "test_model.py",
+    "test_monitor.py",
     "test_notebooks.py",
     "test_routed_model.py",
     "test_scoring.py",
