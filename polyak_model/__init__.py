@@ -43,11 +43,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name):
-    # Importing Keras takes seconds, and a command that finds its arguments wrong needs none of it.
-    if name not in __all__:
-        raise AttributeError(f"module 'polyak_model' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES.get(name, "polyak_model.rules")), name)
+if not typing.TYPE_CHECKING:  # For type checkers, any name would exist.
+
+    def __getattr__(name):
+        # Importing Keras takes seconds, and a command that finds its arguments wrong needs none of
+        # it.
+        if name not in __all__:
+            raise AttributeError(f"module 'polyak_model' has no attribute '{name}'")
+        return getattr(importlib.import_module(_HOMES.get(name, "polyak_model.rules")), name)
 
 
 def __dir__():

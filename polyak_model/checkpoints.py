@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 
 from polyak_model.errors import InputError, is_number
 from polyak_model.saving.wrapper_reader import check_plain
@@ -32,13 +34,18 @@ class AveragedFiles:
             should be refreshed.
     """
 
-    shares: list
-    averaged: list
-    copied: list
-    statistics: list
+    shares: list[float]
+    averaged: list[str]
+    copied: list[str]
+    statistics: list[str]
 
 
-def average_files(paths, output, weights=None, progress=None):
+def average_files(
+    paths: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    weights: Iterable[float] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> AveragedFiles:
     """Averages weight files of Keras, and writes one that Keras loads.
 
     Each float variable becomes the weighted mean over the files, computed in

@@ -1,14 +1,19 @@
 """Measures during training what the averages do."""
 
 import math
+import typing
 
 import keras
 import numpy as np
+import rich.table
 from keras import ops
 
 from polyak_model import backend
 from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
+
+if typing.TYPE_CHECKING:
+    import matplotlib.figure
 
 _MOST_TICKS = 10
 
@@ -110,7 +115,7 @@ class AverageMonitor(keras.callbacks.Callback):
         if logs is not None:
             logs.update(self._newest)
 
-    def table(self):
+    def table(self) -> rich.table.Table:
         """Returns the last measurement of each layer as a `rich.table.Table`.
 
         Raises:
@@ -125,18 +130,16 @@ class AverageMonitor(keras.callbacks.Callback):
         >>> [column.header for column in monitor.table().columns]
         ['layer', 'raw_moved', 'average_distance', 'average_moved']
         """
-        from rich.table import Table
-
         self._check_measured("table")
         names = list(next(iter(self.layers.values())))[1:]
-        table = Table("layer", box=None, pad_edge=False)
+        table = rich.table.Table("layer", box=None, pad_edge=False)
         for name in names:
             table.add_column(name, justify="right")
         for layer, history in self.layers.items():
             table.add_row(layer, *(f"{history[name][-1]:.3g}" for name in names))
         return table
 
-    def plot(self, name="average_distance"):
+    def plot(self, name: str = "average_distance") -> "matplotlib.figure.Figure":
         """Draws a quantity as a heat map, layers by measurements.
 
         Args:
@@ -158,7 +161,7 @@ class AverageMonitor(keras.callbacks.Callback):
         >>> monitor.plot("raw_moved").axes[0].get_xlabel()
         'step'
         """
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # It takes half a second, and no training needs it.
 
         self._check_measured("plot")
         histories = list(self.layers.values())
@@ -188,22 +191,15 @@ class AverageMonitor(keras.callbacks.Callback):
         weights = _read(self.model)
         everything = range(len(weights["raw"]))
         self._newest = _compare(weights, self._before, everything)
-        for name, rule in _rules(self.model).items():
-            self._newest[f"{name}_effective_iterates"] = rule.effective_iterates(step)
-            self._newest[f"{name}_mean_age"] = rule.mean_age(step)
+        for name, average in self.model.shadow.averages.items():
+            t = step - int(ops.convert_to_numpy(average.origin))
+            self._newest[f"{name}_effective_iterates"] = average.rule.effective_iterates(t)
+            self._newest[f"{name}_mean_age"] = average.rule.mean_age(t)
         _append(self.history, {"step": step, **self._newest})
         for layer, indices in _group_by_layer(self.model).items() if self.per_layer else ():
             row = {"step": step, **_compare(weights, self._before, indices)}
             _append(self.layers.setdefault(layer, {}), row)
         self._before = weights
-
-
-def _rules(model):
-    return getattr(model, "rules", {"average": model.rule})
-
-
-def _average_models(model):
-    return getattr(model, "average_models", {"average": model.average_model})
 
 
 def _append(history, row):
@@ -225,7 +221,7 @@ def _group_by_layer(model):
 
 def _read(model):
     """Copies the float weights of the raw model and of each average, by name."""
-    models = {"raw": model.raw_model, **_average_models(model)}
+    models = {"raw": model.raw_model, **model.average_models}
     return {name: [_copy(w) for w in _float_weights(each)] for name, each in models.items()}
 
 

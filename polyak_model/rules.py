@@ -14,6 +14,8 @@ import abc
 import math
 import numbers
 import sys
+import typing
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,9 @@ from polyak_model.errors import (
     check_positive,
     is_number,
 )
+
+if typing.TYPE_CHECKING:
+    from typing_extensions import Self
 
 # In moves of an average, so that long runs take little memory.
 _BLOCK = 2**16
@@ -54,11 +59,11 @@ class Rule(metaclass=_ImmutableType):
             `update_every`-th step after `start_step`. Defaults to 1.
     """
 
-    def __init__(self, start_step=0, update_every=1):
+    def __init__(self, start_step: int = 0, update_every: int = 1) -> None:
         self.start_step = check_integer("start_step", start_step, at_least=0)
         self.update_every = check_integer("update_every", update_every, at_least=1)
 
-    def weight(self, step, stride=1):
+    def weight(self, step: Any, stride: int = 1) -> Any:
         """Returns the weight of the newest iterate, in (0, 1].
 
         Args:
@@ -85,7 +90,7 @@ class Rule(metaclass=_ImmutableType):
         weight = xp.where(t <= 0, 1.0, share)
         return float(weight) if isinstance(step, numbers.Integral) else weight
 
-    def moves_at(self, step):
+    def moves_at(self, step: Any) -> Any:
         """Returns whether the average moves after this optimizer step.
 
         Args:
@@ -106,7 +111,7 @@ class Rule(metaclass=_ImmutableType):
         return (t <= 0) | (t % self.update_every == 0)
 
     @property
-    def half_life(self):
+    def half_life(self) -> float | None:
         """The age, in optimizer steps, at which the share of an iterate has halved.
 
         It is a float for an exponential average, where every share shrinks at the
@@ -118,6 +123,12 @@ class Rule(metaclass=_ImmutableType):
         (693, None)
         """
         return None
+
+    @typing.overload
+    def mean_age(self, step: int) -> float: ...
+
+    @typing.overload
+    def mean_age(self, step: np.ndarray) -> np.ndarray: ...
 
     def mean_age(self, step):
         """Returns the mean age of the iterates in the average, weighted by their shares.
@@ -143,6 +154,12 @@ class Rule(metaclass=_ImmutableType):
         0.112
         """
         return _memory(self, step)[0]
+
+    @typing.overload
+    def effective_iterates(self, step: int) -> float: ...
+
+    @typing.overload
+    def effective_iterates(self, step: np.ndarray) -> np.ndarray: ...
 
     def effective_iterates(self, step):
         """Returns how many iterates an equally precise uniform mean would have.
@@ -193,20 +210,20 @@ class Rule(metaclass=_ImmutableType):
                 f"Set a new rule instead: model.rule = {kind}({name}=...)."
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"start_step": self.start_step, "update_every": self.update_every}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Self":
         return cls(**config)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((type(self), tuple(sorted(self.get_config().items()))))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
@@ -252,7 +269,14 @@ class ExponentialAverage(Rule):
         without and with `num_updates`.
     """
 
-    def __init__(self, decay=0.999, debias=True, warmup=False, start_step=0, update_every=1):
+    def __init__(
+        self,
+        decay: float = 0.999,
+        debias: bool = True,
+        warmup: bool = False,
+        start_step: int = 0,
+        update_every: int = 1,
+    ) -> None:
         super().__init__(start_step, update_every)
         self.decay = check_decay(decay)
         self.debias = bool(debias)
@@ -260,7 +284,17 @@ class ExponentialAverage(Rule):
         self._log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
 
     @classmethod
-    def from_half_life(cls, steps=None, *, epochs=None, steps_per_epoch=None, **kwargs):
+    def from_half_life(
+        cls,
+        steps: float | None = None,
+        *,
+        epochs: float | None = None,
+        steps_per_epoch: float | None = None,
+        debias: bool = True,
+        warmup: bool = False,
+        start_step: int = 0,
+        update_every: int = 1,
+    ) -> "Self":
         """Returns the rule with a half-life in optimizer steps or in epochs.
 
             decay = 0.5 ** (1 / steps),    steps = epochs * steps_per_epoch
@@ -271,7 +305,10 @@ class ExponentialAverage(Rule):
             epochs: Float above 0. Defaults to None: given in steps.
             steps_per_epoch: Float above 0, the optimizer steps of an epoch.
                 Needed with `epochs`.
-            **kwargs: The other arguments of `ExponentialAverage`.
+            debias: Bool, as in `ExponentialAverage`. Defaults to True.
+            warmup: Bool, as in `ExponentialAverage`. Defaults to False.
+            start_step: Int, as in `ExponentialAverage`. Defaults to 0.
+            update_every: Int, as in `ExponentialAverage`. Defaults to 1.
 
         Returns:
             An `ExponentialAverage`.
@@ -297,13 +334,11 @@ class ExponentialAverage(Rule):
             steps = check_positive("epochs", epochs, "the half-life in epochs") * check_positive(
                 "steps_per_epoch", steps_per_epoch, "the number of optimizer steps in an epoch"
             )
-        return cls(
-            decay=0.5 ** (1 / check_positive("steps", steps, "the half-life in optimizer steps")),
-            **kwargs,
-        )
+        steps = check_positive("steps", steps, "the half-life in optimizer steps")
+        return cls(0.5 ** (1 / steps), debias, warmup, start_step, update_every)
 
     @property
-    def half_life(self):
+    def half_life(self) -> float:
         return -math.log(2) / self._log_decay
 
     def _share(self, t, k, xp):
@@ -316,7 +351,7 @@ class ExponentialAverage(Rule):
             return share / -xp.expm1(t * self._log_decay)
         return share
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {"decay": self.decay, "debias": self.debias, "warmup": self.warmup}
         return {**config, **super().get_config()}
 
@@ -371,7 +406,7 @@ class PolynomialAverage(Rule):
         optimization, section 4.
     """
 
-    def __init__(self, eta=3, start_step=0, update_every=1):
+    def __init__(self, eta: float = 3, start_step: int = 0, update_every: int = 1) -> None:
         super().__init__(start_step, update_every)
         self.eta = check_exponent("eta", eta)
 
@@ -379,7 +414,7 @@ class PolynomialAverage(Rule):
         n = t / k - 1
         return (self.eta + 1) / (n + 1 + self.eta)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"eta": self.eta, **super().get_config()}
 
 
@@ -409,12 +444,14 @@ class PowerAverage(Rule):
         diffusion models, equation 127.
     """
 
-    def __init__(self, gamma=6.94, start_step=0, update_every=1):
+    def __init__(self, gamma: float = 6.94, start_step: int = 0, update_every: int = 1) -> None:
         super().__init__(start_step, update_every)
         self.gamma = check_exponent("gamma", gamma)
 
     @classmethod
-    def from_relative_width(cls, sigma_rel, **kwargs):
+    def from_relative_width(
+        cls, sigma_rel: float, *, start_step: int = 0, update_every: int = 1
+    ) -> "Self":
         """Returns the rule whose profile has this standard deviation.
 
         `gamma` solves `sigma_rel**2 * (gamma + 2)**2 * (gamma + 3) = gamma + 1`.
@@ -422,7 +459,8 @@ class PowerAverage(Rule):
         Args:
             sigma_rel: Float in (0, 12**-0.5]: the standard deviation of the
                 profile, as a fraction of the steps so far.
-            **kwargs: The other arguments of `PowerAverage`.
+            start_step: Int, as in `PowerAverage`. Defaults to 0.
+            update_every: Int, as in `PowerAverage`. Defaults to 1.
 
         Returns:
             A `PowerAverage`.
@@ -442,16 +480,16 @@ class PowerAverage(Rule):
             )
         s = sigma_rel**-2.0
         gamma = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()
-        return cls(gamma=max(float(gamma), 0.0), **kwargs)
+        return cls(max(float(gamma), 0.0), start_step, update_every)
 
     def _share(self, t, k, xp):
         return -xp.expm1((self.gamma + 1) * xp.log1p(-k / t))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"gamma": self.gamma, **super().get_config()}
 
 
-def shares(rule, n):
+def shares(rule: Rule, n: int) -> np.ndarray:
     """Returns the shares of the iterates of steps 1 to n in the average after step n.
 
         a_t = w_t * (1 - w_{t+1}) * ... * (1 - w_n)
@@ -520,7 +558,7 @@ def _memory(rule, step):
     return (float(ages), float(squares)) if steps.ndim == 0 else (ages, squares)
 
 
-def rescale_decay(decay, batch_ratio):
+def rescale_decay(decay: float, batch_ratio: float) -> float:
     """Returns the decay with the same half-life in examples at another batch size.
 
         decay ** batch_ratio
@@ -547,7 +585,7 @@ def rescale_decay(decay, batch_ratio):
     return check_decay(decay) ** ratio
 
 
-def get(average):
+def get(average: float | Rule) -> Rule:
     """Returns the rule given by `average`, where a float is a decay.
 
     Args:
