@@ -46,7 +46,7 @@ def average_files(
     weights: Iterable[float] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> AveragedFiles:
-    """Averages weight files of Keras, and writes one that Keras loads.
+    """Averages weight files of Keras, and writes one that Keras loads; or safetensors files.
 
     Each float variable becomes the weighted mean over the files, computed in
     float64 and rounded once to the dtype of the variable. Integers, booleans and
@@ -55,10 +55,12 @@ def average_files(
 
     Args:
         paths: Files that end in `.weights.h5`, `.keras` or `.weights.json`, at
-            least two, of the same model.
+            least two, of the same model; or `.safetensors` files of any
+            framework, with the package `safetensors`.
         output: Where to write: a `.weights.h5` file; or, if all `paths` are
             `.keras` files, a `.keras` file, which is loaded without being
-            compiled and has everything but the weights from the last file.
+            compiled and has everything but the weights from the last file; or a
+            `.safetensors` file, with tensors named by their paths.
         weights: The weight of each file relative to the others, numbers of at
             least 0, for instance from `polyak_model.rules.shares`. Defaults to
             None: equal weights.

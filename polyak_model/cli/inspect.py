@@ -24,7 +24,7 @@ def inspect(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="A .keras, .weights.h5 or .weights.json file.",
+            help="A .keras, .weights.h5, .weights.json or .safetensors file.",
         ),
     ],
     as_json: typing.Annotated[
