@@ -34,6 +34,7 @@ OF_ALL_BACKENDS = {
     "test_larger_model.py",
     "test_laws.py",
     "test_model.py",
+    "test_monitor.py",
     "test_optimizers.py",
     "test_routed_model.py",
     "test_saveable_model.py",

@@ -194,6 +194,7 @@ def test_weights_of_zero_and_of_16_bits_are_measured():
     assert [history[name] for name in NAMES[:3]] == [[0.0]] * 3
 
 
+@pytest.mark.tensorflow  # Elsewhere Keras builds the model before.
 def test_a_model_that_had_no_weights_moved_by_an_unknown_distance_at_first():
     model = PolyakModel(keras.Sequential([keras.layers.Dense(1)]), average=0.5)
     model.compile(optimizer="sgd", loss="mse")
