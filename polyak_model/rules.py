@@ -57,6 +57,14 @@ class Rule(metaclass=_ImmutableType):
             Defaults to 0.
         update_every: Int, at least 1. The average moves at every
             `update_every`-th step after `start_step`. Defaults to 1.
+
+    Example:
+
+    >>> class RootAverage(Rule):
+    ...     def _share(self, t, k, xp):
+    ...         return xp.sqrt(k / t)
+    >>> RootAverage(start_step=5).weight(9)
+    0.5
     """
 
     def __init__(self, start_step: int = 0, update_every: int = 1) -> None:
