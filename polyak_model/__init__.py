@@ -4,7 +4,7 @@ import importlib
 import sys
 import typing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if typing.TYPE_CHECKING:
     from polyak_model.average.batch_norm import refresh_statistics
