@@ -1,6 +1,7 @@
 """Measures during training what the averages do."""
 
 import math
+import os
 import typing
 
 import keras
@@ -10,6 +11,7 @@ from keras import ops
 
 from polyak_model import backend
 from polyak_model.errors import check_choice, check_integer
+from polyak_model.histograms import HistogramWriter
 from polyak_model.model import PolyakModel
 
 if typing.TYPE_CHECKING:
@@ -44,6 +46,9 @@ class AverageMonitor(keras.callbacks.Callback):
             Defaults to `"epoch"`.
         per_layer: Bool. Whether to measure each layer too, for `table()` and
             `plot()`. Defaults to False.
+        histograms: A folder in which to write, at each measurement, histograms
+            of the weights of each average and of their differences from the raw
+            weights, for TensorBoard. Defaults to None.
 
     Attributes:
         history: A dict from `"step"` and each name in the logs to a list with an
@@ -53,6 +58,8 @@ class AverageMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `every` is out of its range.
+        ImportError: If there are to be histograms and TensorBoard is not
+            installed.
         TypeError: When training begins, if the model is not a `PolyakModel`.
 
     Example:
@@ -68,7 +75,12 @@ class AverageMonitor(keras.callbacks.Callback):
     True
     """
 
-    def __init__(self, every: int | str = "epoch", per_layer: bool = False) -> None:
+    def __init__(
+        self,
+        every: int | str = "epoch",
+        per_layer: bool = False,
+        histograms: str | os.PathLike | None = None,
+    ) -> None:
         super().__init__()
         if every != "epoch":
             every = check_integer("every", every, at_least=1, counts="batches, if not 'epoch'")
@@ -78,6 +90,7 @@ class AverageMonitor(keras.callbacks.Callback):
         self.layers: dict[str, dict[str, list]] = {}
         # Otherwise Keras would wait for the logs of each batch.
         self.async_safe = every == "epoch"
+        self._writer = None if histograms is None else HistogramWriter(histograms)
         self._before: dict[str, dict] = {}
         self._newest: dict[str, float] = {}
         self._unmeasured = 0
@@ -114,6 +127,10 @@ class AverageMonitor(keras.callbacks.Callback):
             self._measure()
         if logs is not None:
             logs.update(self._newest)
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.flush()
 
     def table(self) -> rich.table.Table:
         """Returns the last measurement of each layer as a `rich.table.Table`.
@@ -199,6 +216,8 @@ class AverageMonitor(keras.callbacks.Callback):
         for layer, indices in _group_by_layer(self.model).items() if self.per_layer else ():
             row = {"step": step, **_compare(weights, self._before, indices)}
             _append(self.layers.setdefault(layer, {}), row)
+        if self._writer is not None:
+            self._writer.write(_tag(weights, self.model), step)
         self._before = weights
 
 
@@ -223,6 +242,18 @@ def _read(model):
     """Copies the float weights of the raw model and of each average, by name."""
     models = {"raw": model.raw_model, **model.average_models}
     return {name: [_copy(w) for w in _float_weights(each)] for name, each in models.items()}
+
+
+def _tag(weights, model):
+    """Returns the weights of averages and their differences from the raw weights, by tag."""
+    paths = [weight.path for weight in _float_weights(model.raw_model)]
+    arrays = {}
+    for name in list(weights)[1:]:
+        for path, array, raw in zip(paths, weights[name], weights["raw"], strict=True):
+            arrays[f"{name}/{path}"] = array
+            with np.errstate(invalid="ignore"):
+                arrays[f"{name} - raw/{path}"] = array - raw
+    return arrays
 
 
 def _copy(variable):

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import sys
 import time
 
 import keras
@@ -157,6 +158,35 @@ def test_the_heat_map_has_a_row_for_each_layer_and_a_column_for_each_measurement
     np.testing.assert_array_equal(axes.images[0].get_array(), expected)
     assert [label.get_text() for label in axes.get_yticklabels()] == list(monitor.layers)
     assert [label.get_text() for label in axes.get_xticklabels()] == [*map(str, range(1, 17, 2))]
+
+
+def test_tensorboard_shows_histograms_of_averages_and_of_their_differences(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.util.tensor_util import make_ndarray
+
+    model = wrapped()
+    fit(model, AverageMonitor(histograms=tmp_path), epochs=2)
+    events = reader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    paths = [weight.path for weight in model.raw_model.weights]
+    expected = {f"{name}/{path}" for path in paths for name in ("average", "average - raw")}
+    assert set(events.Tags()["tensors"]) == expected
+    raw, average = model.raw_model.get_weights()[0], model.average_model.get_weights()[0]
+    for tag, values in (
+        (f"average/{paths[0]}", average),
+        (f"average - raw/{paths[0]}", average - raw),
+    ):
+        *_, last = events.Tensors(tag)
+        left, right, counts = make_ndarray(last.tensor_proto).T
+        assert last.step == 8
+        assert counts.sum() == values.size
+        assert (left[0], right[-1]) == pytest.approx((values.min(), values.max()), rel=1e-6)
+
+
+def test_histograms_without_tensorboard_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        AverageMonitor(histograms=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["table", "plot"])
