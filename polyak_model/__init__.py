@@ -4,7 +4,7 @@ import importlib
 import sys
 import typing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if typing.TYPE_CHECKING:
     from polyak_model.average.batch_norm import refresh_statistics
@@ -12,6 +12,7 @@ if typing.TYPE_CHECKING:
     from polyak_model.average_snapshots import AverageSnapshots
     from polyak_model.callbacks import AverageCheckpoint
     from polyak_model.model import PolyakModel
+    from polyak_model.monitor import AverageMonitor
     from polyak_model.rules import (
         ExponentialAverage,
         PolynomialAverage,
@@ -23,6 +24,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "AverageCheckpoint",
+    "AverageMonitor",
     "AverageSnapshots",
     "ExponentialAverage",
     "PolyakModel",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
+    "AverageMonitor": "polyak_model.monitor",
     "AverageSnapshots": "polyak_model.average_snapshots",
     "PolyakModel": "polyak_model.model",
     "clone_model": "polyak_model.average.cloning",
@@ -43,11 +46,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name):
-    # Importing Keras takes seconds, and a command that finds its arguments wrong needs none of it.
-    if name not in __all__:
-        raise AttributeError(f"module 'polyak_model' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES.get(name, "polyak_model.rules")), name)
+if not typing.TYPE_CHECKING:  # For type checkers, any name would exist.
+
+    def __getattr__(name):
+        # Importing Keras takes seconds, and a command that finds its arguments wrong needs none of
+        # it.
+        if name not in __all__:
+            raise AttributeError(f"module 'polyak_model' has no attribute '{name}'")
+        return getattr(importlib.import_module(_HOMES.get(name, "polyak_model.rules")), name)
 
 
 def __dir__():

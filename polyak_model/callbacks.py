@@ -74,14 +74,14 @@ class AverageCheckpoint(keras.callbacks.Callback):
 
     def __init__(
         self,
-        filepath,
-        contents="average",
-        monitor="val_loss",
-        mode="auto",
-        save_best_only=False,
-        save_freq="epoch",
-        keep_last=None,
-    ):
+        filepath: str | os.PathLike,
+        contents: str = "average",
+        monitor: str = "val_loss",
+        mode: str = "auto",
+        save_best_only: bool = False,
+        save_freq: int | str = "epoch",
+        keep_last: int | None = None,
+    ) -> None:
         super().__init__()
         self.filepath = os.fspath(filepath)
         self.contents = _check_contents(contents)
@@ -102,12 +102,12 @@ class AverageCheckpoint(keras.callbacks.Callback):
         self._saved = None  # What `contents` is in this model.
         self._epoch = None  # The current epoch, from 1; None once its end has been handled.
         self._is_first_epoch = True
-        self._training_logs = {}
+        self._training_logs: dict[str, float] = {}
         self._unsaved = 0
         self._last_batch = -1
 
     @property
-    def best(self):
+    def best(self) -> float | None:
         """The best score of this training so far, a float, or None before the first."""
         return self._history.best
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 
 from polyak_model.errors import InputError, is_number
 from polyak_model.saving.wrapper_reader import check_plain
@@ -32,14 +34,19 @@ class AveragedFiles:
             should be refreshed.
     """
 
-    shares: list
-    averaged: list
-    copied: list
-    statistics: list
+    shares: list[float]
+    averaged: list[str]
+    copied: list[str]
+    statistics: list[str]
 
 
-def average_files(paths, output, weights=None, progress=None):
-    """Averages weight files of Keras, and writes one that Keras loads.
+def average_files(
+    paths: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    weights: Iterable[float] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> AveragedFiles:
+    """Averages weight files of Keras, and writes one that Keras loads; or safetensors files.
 
     Each float variable becomes the weighted mean over the files, computed in
     float64 and rounded once to the dtype of the variable. Integers, booleans and
@@ -48,10 +55,12 @@ def average_files(paths, output, weights=None, progress=None):
 
     Args:
         paths: Files that end in `.weights.h5`, `.keras` or `.weights.json`, at
-            least two, of the same model.
+            least two, of the same model; or `.safetensors` files of any
+            framework, with the package `safetensors`.
         output: Where to write: a `.weights.h5` file; or, if all `paths` are
             `.keras` files, a `.keras` file, which is loaded without being
-            compiled and has everything but the weights from the last file.
+            compiled and has everything but the weights from the last file; or a
+            `.safetensors` file, with tensors named by their paths.
         weights: The weight of each file relative to the others, numbers of at
             least 0, for instance from `polyak_model.rules.shares`. Defaults to
             None: equal weights.

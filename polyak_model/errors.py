@@ -57,6 +57,15 @@ def check_exponent(name, value):
     return float(value)
 
 
+def check_positive(name, value, meaning):
+    """Returns `value` as a float, or raises `ValueError`."""
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(
+            f"`{name}`, {meaning}, must be a positive finite number. Received: {name}={value!r}."
+        )
+    return float(value)
+
+
 def check_integer(name, value, at_least, counts="optimizer steps"):
     """Returns `value` as an int, or raises `ValueError`."""
     is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)

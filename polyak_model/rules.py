@@ -14,6 +14,8 @@ import abc
 import math
 import numbers
 import sys
+import typing
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +24,16 @@ from polyak_model.errors import (
     check_decay,
     check_exponent,
     check_integer,
+    check_positive,
     is_number,
 )
 
+if typing.TYPE_CHECKING:
+    from typing_extensions import Self
+
 _LOG_TINY = -745.0  # Its exponential is the smallest positive float.
-_BLOCK = 2**20
+# In moves of an average, so that long runs take little memory.
+_BLOCK = 2**16
 # Names and relative widths of the averages that `PowerAverage.pair` and `.triple` propose.
 _PAIR = {"short": 0.03, "long": 0.20}
 _TRIPLE = {"short": 0.03, "medium": 0.10, "long": 0.25}
@@ -60,13 +67,21 @@ class Rule(metaclass=_ImmutableType):
             Defaults to 0.
         update_every: Int, at least 1. The average moves at every
             `update_every`-th step after `start_step`. Defaults to 1.
+
+    Example:
+
+    >>> class RootAverage(Rule):
+    ...     def _share(self, t, k, xp):
+    ...         return xp.sqrt(k / t)
+    >>> RootAverage(start_step=5).weight(9)
+    0.5
     """
 
-    def __init__(self, start_step=0, update_every=1):
+    def __init__(self, start_step: int = 0, update_every: int = 1) -> None:
         self.start_step = check_integer("start_step", start_step, at_least=0)
         self.update_every = check_integer("update_every", update_every, at_least=1)
 
-    def weight(self, step, stride=1):
+    def weight(self, step: Any, stride: int = 1) -> Any:
         """Returns the weight of the newest iterate, in (0, 1].
 
         Args:
@@ -93,7 +108,7 @@ class Rule(metaclass=_ImmutableType):
         weight = xp.where(t <= 0, 1.0, share)
         return float(weight) if isinstance(step, numbers.Integral) else weight
 
-    def moves_at(self, step):
+    def moves_at(self, step: Any) -> Any:
         """Returns whether the average moves after this optimizer step.
 
         Args:
@@ -112,6 +127,83 @@ class Rule(metaclass=_ImmutableType):
             return step == step  # True, in the shape of `step`.
         t = step - self.start_step
         return (t <= 0) | (t % self.update_every == 0)
+
+    @property
+    def half_life(self) -> float | None:
+        """The age, in optimizer steps, at which the share of an iterate has halved.
+
+        It is a float for an exponential average, where every share shrinks at the
+        same rate, and None for other rules.
+
+        Example:
+
+        >>> round(ExponentialAverage(0.999).half_life), UniformAverage().half_life
+        (693, None)
+        """
+        return None
+
+    @typing.overload
+    def mean_age(self, step: int) -> float: ...
+
+    @typing.overload
+    def mean_age(self, step: np.ndarray) -> np.ndarray: ...
+
+    def mean_age(self, step):
+        """Returns the mean age of the iterates in the average, weighted by their shares.
+
+            sum over i of share_i * (step - i)
+
+        where `i = 0` stands for the weights before the first step.
+
+        Args:
+            step: Optimizer steps taken since averaging was (re)started. An int
+                of at least 0, or an array of them. It takes time in proportion
+                to the largest.
+
+        Returns:
+            A float for an int, otherwise a float64 array of the shape of `step`,
+            in optimizer steps.
+
+        Example:
+
+        >>> round(UniformAverage().mean_age(101), 9)
+        50.0
+        >>> round(PowerAverage.from_relative_width(0.10).mean_age(10_000) / 10_000, 3)
+        0.112
+        """
+        return _memory(self, step)[0]
+
+    @typing.overload
+    def effective_iterates(self, step: int) -> float: ...
+
+    @typing.overload
+    def effective_iterates(self, step: np.ndarray) -> np.ndarray: ...
+
+    def effective_iterates(self, step):
+        """Returns how many iterates an equally precise uniform mean would have.
+
+            1 / sum over i of share_i**2
+
+        For iterates with independent errors it is the factor by which averaging
+        divides their variance.
+
+        Args:
+            step: Optimizer steps taken since averaging was (re)started. An int
+                of at least 0, or an array of them. It takes time in proportion
+                to the largest.
+
+        Returns:
+            A float for an int, otherwise a float64 array of the shape of `step`.
+            It is 1 while the average mirrors the raw weights.
+
+        Example:
+
+        >>> round(UniformAverage().effective_iterates(100), 9)
+        100.0
+        >>> round(ExponentialAverage(0.99).effective_iterates(10_000))
+        199
+        """
+        return 1 / _memory(self, step)[1]
 
     def _share(self, t, k, xp):
         raise NotImplementedError(
@@ -152,20 +244,20 @@ class Rule(metaclass=_ImmutableType):
                 f"Set a new rule instead: model.rule = {kind}({name}=...)."
             )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"start_step": self.start_step, "update_every": self.update_every}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Self":
         return cls(**config)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((type(self), tuple(sorted(self.get_config().items()))))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
@@ -211,7 +303,14 @@ class ExponentialAverage(Rule):
         without and with `num_updates`.
     """
 
-    def __init__(self, decay=0.999, debias=True, warmup=False, start_step=0, update_every=1):
+    def __init__(
+        self,
+        decay: float = 0.999,
+        debias: bool = True,
+        warmup: bool = False,
+        start_step: int = 0,
+        update_every: int = 1,
+    ) -> None:
         super().__init__(start_step, update_every)
         self.decay = check_decay(decay)
         self.debias = bool(debias)
@@ -219,32 +318,62 @@ class ExponentialAverage(Rule):
         self._log_decay = math.log(self.decay) if self.decay > 0 else -math.inf
 
     @classmethod
-    def from_half_life(cls, steps, **kwargs):
-        """Returns the rule with a half-life of `steps` optimizer steps.
+    def from_half_life(
+        cls,
+        steps: float | None = None,
+        *,
+        epochs: float | None = None,
+        steps_per_epoch: float | None = None,
+        debias: bool = True,
+        warmup: bool = False,
+        start_step: int = 0,
+        update_every: int = 1,
+    ) -> "Self":
+        """Returns the rule with a half-life in optimizer steps or in epochs.
 
-            decay = 0.5 ** (1 / steps)
+            decay = 0.5 ** (1 / steps),    steps = epochs * steps_per_epoch
 
         Args:
-            steps: Float above 0, in optimizer steps.
-            **kwargs: The other arguments of `ExponentialAverage`.
+            steps: Float above 0, in optimizer steps. Defaults to None: given in
+                epochs.
+            epochs: Float above 0. Defaults to None: given in steps.
+            steps_per_epoch: Float above 0, the optimizer steps of an epoch.
+                Needed with `epochs`.
+            debias: Bool, as in `ExponentialAverage`. Defaults to True.
+            warmup: Bool, as in `ExponentialAverage`. Defaults to False.
+            start_step: Int, as in `ExponentialAverage`. Defaults to 0.
+            update_every: Int, as in `ExponentialAverage`. Defaults to 1.
 
         Returns:
             An `ExponentialAverage`.
 
         Raises:
-            ValueError: If `steps` is not a positive finite number.
+            ValueError: If the half-life is not a positive finite number, or is
+                given neither or both ways.
 
         Example:
 
         >>> round(ExponentialAverage.from_half_life(1000).decay ** 1000, 12)
         0.5
+        >>> round(ExponentialAverage.from_half_life(epochs=2, steps_per_epoch=312).half_life, 9)
+        624.0
         """
-        if not is_number(steps) or not 0 < steps < math.inf:
+        if (steps is None) != (epochs is not None) or (epochs is None) != (steps_per_epoch is None):
             raise ValueError(
-                "`steps`, the half-life in optimizer steps, must be a positive finite number. "
-                f"Received: steps={steps!r}."
+                "`from_half_life()` needs either `steps`, or `epochs` and `steps_per_epoch`. "
+                f"Received: steps={steps!r}, epochs={epochs!r}, "
+                f"steps_per_epoch={steps_per_epoch!r}."
             )
-        return cls(decay=0.5 ** (1 / steps), **kwargs)
+        if steps is None:
+            steps = check_positive("epochs", epochs, "the half-life in epochs") * check_positive(
+                "steps_per_epoch", steps_per_epoch, "the number of optimizer steps in an epoch"
+            )
+        steps = check_positive("steps", steps, "the half-life in optimizer steps")
+        return cls(0.5 ** (1 / steps), debias, warmup, start_step, update_every)
+
+    @property
+    def half_life(self) -> float:
+        return -math.log(2) / self._log_decay
 
     def _share(self, t, k, xp):
         if self.warmup:
@@ -271,7 +400,7 @@ class ExponentialAverage(Rule):
             growth += np.log(-np.expm1(-growth))
         return growth
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {"decay": self.decay, "debias": self.debias, "warmup": self.warmup}
         return {**config, **super().get_config()}
 
@@ -329,7 +458,7 @@ class PolynomialAverage(Rule):
         optimization, section 4.
     """
 
-    def __init__(self, eta=3, start_step=0, update_every=1):
+    def __init__(self, eta: float = 3, start_step: int = 0, update_every: int = 1) -> None:
         super().__init__(start_step, update_every)
         self.eta = check_exponent("eta", eta)
 
@@ -340,7 +469,7 @@ class PolynomialAverage(Rule):
     def _log_growth(self, moves):
         return _log_rising(moves, self.eta + 1)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"eta": self.eta, **super().get_config()}
 
 
@@ -370,12 +499,14 @@ class PowerAverage(Rule):
         diffusion models, equation 127.
     """
 
-    def __init__(self, gamma=6.94, start_step=0, update_every=1):
+    def __init__(self, gamma: float = 6.94, start_step: int = 0, update_every: int = 1) -> None:
         super().__init__(start_step, update_every)
         self.gamma = check_exponent("gamma", gamma)
 
     @classmethod
-    def from_relative_width(cls, sigma_rel, **kwargs):
+    def from_relative_width(
+        cls, sigma_rel: float, *, start_step: int = 0, update_every: int = 1
+    ) -> "Self":
         """Returns the rule whose profile has this standard deviation.
 
         `gamma` solves `sigma_rel**2 * (gamma + 2)**2 * (gamma + 3) = gamma + 1`.
@@ -383,7 +514,8 @@ class PowerAverage(Rule):
         Args:
             sigma_rel: Float in (0, 12**-0.5]: the standard deviation of the
                 profile, as a fraction of the steps so far.
-            **kwargs: The other arguments of `PowerAverage`.
+            start_step: Int, as in `PowerAverage`. Defaults to 0.
+            update_every: Int, as in `PowerAverage`. Defaults to 1.
 
         Returns:
             A `PowerAverage`.
@@ -403,7 +535,7 @@ class PowerAverage(Rule):
             )
         s = sigma_rel**-2.0
         gamma = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()
-        return cls(gamma=max(float(gamma), 0.0), **kwargs)
+        return cls(max(float(gamma), 0.0), start_step, update_every)
 
     @property
     def relative_width(self):
@@ -468,11 +600,11 @@ class PowerAverage(Rule):
     def _log_growth(self, moves):
         return (self.gamma + 1) * np.log(moves)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"gamma": self.gamma, **super().get_config()}
 
 
-def shares(rule, n):
+def shares(rule: Rule, n: int) -> np.ndarray:
     """Returns the shares of the iterates of steps 1 to n in the average after step n.
 
         a_t = w_t * (1 - w_{t+1}) * ... * (1 - w_n)
@@ -499,9 +631,7 @@ def shares(rule, n):
     """
     steps = np.arange(1, check_integer("n", n, at_least=1) + 1)
     weights = np.where(rule.moves_at(steps), rule.weight(steps, rule.update_every), 0.0)
-    later = np.cumprod(1 - weights[:0:-1])[::-1]
-    weights[:-1] *= later
-    return weights
+    return weights * _kept(weights)
 
 
 def cumulative_share(rule, n, steps):
@@ -593,7 +723,46 @@ def _stirling(x):
     return 1 / (12 * x) - 1 / (360 * x**3) + 1 / (1260 * x**5) - 1 / (1680 * x**7)
 
 
-def rescale_decay(decay, batch_ratio):
+def _kept(weights):
+    """Returns the share of each iterate that later ones leave."""
+    return np.append(np.cumprod(1 - weights[:0:-1])[::-1], 1.0)
+
+
+def _memory(rule, step):
+    """Returns the mean age of the iterates and the sum of the squares of their shares.
+
+    Over the moves of the average, with the weight w_m of move m,
+
+        age_m = (1 - w_m) * (age_{m-1} + 1)
+        square_m = (1 - w_m)**2 * square_{m-1} + w_m**2
+    """
+    steps = np.asarray(step)
+    if steps.dtype.kind not in "iu" or (steps < 0).any():
+        raise ValueError(
+            f"`step` counts optimizer steps: it must be an int of at least 0, or an array of them. "
+            f"Received: step={step!r}."
+        )
+    since_start = np.maximum(steps - rule.start_step, 0)
+    moves, since_move = np.divmod(since_start, rule.update_every)
+    ends, positions = np.unique(moves, return_inverse=True)
+    age, square, done, found = 0.0, 1.0, 0, []
+    for end in ends:
+        while done < end:
+            block = np.arange(done + 1, min(end, done + _BLOCK) + 1)
+            t = rule.start_step + rule.update_every * block
+            weights = rule.weight(t, rule.update_every)
+            kept = _kept(weights)
+            remaining = kept[0] * (1 - weights[0])
+            age = remaining * (age + len(block)) + (weights * kept) @ (block[-1] - block)
+            square = remaining**2 * square + (weights * kept) @ (weights * kept)
+            done = block[-1]
+        found.append((age, square))
+    ages, squares = np.array(found).T[:, positions.reshape(steps.shape)]
+    ages = rule.update_every * ages + since_move
+    return (float(ages), float(squares)) if steps.ndim == 0 else (ages, squares)
+
+
+def rescale_decay(decay: float, batch_ratio: float) -> float:
     """Returns the decay with the same half-life in examples at another batch size.
 
         decay ** batch_ratio
@@ -616,15 +785,11 @@ def rescale_decay(decay, batch_ratio):
     Reference:
         Busbridge et al. 2023, How to scale your EMA, definition 1.2.
     """
-    if not is_number(batch_ratio) or not 0 < batch_ratio < math.inf:
-        raise ValueError(
-            "`batch_ratio`, the new batch size divided by the old one, must be a positive finite "
-            f"number. Received: batch_ratio={batch_ratio!r}."
-        )
-    return check_decay(decay) ** batch_ratio
+    ratio = check_positive("batch_ratio", batch_ratio, "the new batch size divided by the old one")
+    return check_decay(decay) ** ratio
 
 
-def get(average):
+def get(average: float | Rule) -> Rule:
     """Returns the rule given by `average`, where a float is a decay.
 
     Args:

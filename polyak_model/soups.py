@@ -8,6 +8,7 @@ Reference:
 import math
 import operator
 import typing
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -42,12 +43,16 @@ class Soup(typing.NamedTuple):
         trials: List with a `Trial` for each candidate, the best first.
     """
 
-    weights: list
+    weights: list[np.ndarray]
     score: float
-    trials: list
+    trials: list[Trial]
 
 
-def greedy_soup(candidates, score, mode="max"):
+def greedy_soup(
+    candidates: Mapping[str, Callable[[], Iterable[np.ndarray]]],
+    score: Callable[[list[np.ndarray]], float],
+    mode: str = "max",
+) -> Soup:
     """Averages those of several weights that do not make the average worse.
 
     The candidates are tried in the order of their own scores, the best first.

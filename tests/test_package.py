@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 
@@ -17,6 +18,11 @@ def test_everything_exported_can_be_reached_and_is_listed():
     for name in polyak_model.__all__:
         assert getattr(polyak_model, name).__name__ == name
         assert name in dir(polyak_model)
+
+
+def test_the_version_is_that_of_the_citation():
+    text = (pathlib.Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {polyak_model.__version__}\n" in text
 
 
 def test_an_unknown_name_is_an_attribute_error():

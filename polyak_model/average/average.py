@@ -7,7 +7,7 @@ from keras import ops
 from polyak_model import backend
 from polyak_model.average import cloning
 
-_average_models = weakref.WeakSet()
+_average_models: weakref.WeakSet = weakref.WeakSet()
 
 
 def is_average_model(model):

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 import keras
 from keras import ops, tree
@@ -10,7 +11,14 @@ from polyak_model import backend
 from polyak_model.backend import keras_internals
 
 
-def refresh_statistics(model, data, steps=None, *, batch_size=None, verbose="auto"):
+def refresh_statistics(
+    model: keras.Model,
+    data: Any,
+    steps: int | None = None,
+    *,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+) -> None:
     """Recomputes the moving mean and variance of each BatchNormalization layer of a model.
 
     The inputs of these layers under averaged weights differ from those under any

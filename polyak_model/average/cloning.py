@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 
 import keras
 
@@ -18,7 +19,9 @@ from polyak_model.backend.keras_internals import (
 )
 
 
-def clone_model(model, clone_function=None):
+def clone_model(
+    model: keras.Model, clone_function: Callable[[], keras.Model] | None = None
+) -> keras.Model:
     """Copies a model, so that the copy shares nothing with it that training changes.
 
     The copy is made from the live objects, not from their configs: it has equal

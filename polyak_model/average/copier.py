@@ -16,6 +16,7 @@ import random
 import sys
 import types
 import weakref
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -166,7 +167,7 @@ def _copy_by_protocol(value, copier):
     reduced = value.__reduce_ex__(4)
     if isinstance(reduced, str):  # The name of a global.
         return value
-    make, args, state, items, entries, *_ = (*reduced, None, None, None)
+    make, args, state, items, entries = [*reduced, None, None, None][:5]
     args = args if make is copyreg.__newobj__ and len(args) == 1 else copier.whole(args)
     return copier.add(value, make(*args), _fill, state, items or (), entries or (), copier)
 
@@ -262,7 +263,7 @@ def _copy_cell(value, copier):
     return copier.add(value, types.CellType())
 
 
-_RULES = {
+_RULES: dict[type, Callable] = {
     **dict.fromkeys((bytes, complex, float, int, str, type(None)), _share),
     **dict.fromkeys((enum.Enum, inspect.Signature, np.generic, type), _share),
     **dict.fromkeys((bytearray, collections.deque, dict, list), _copy_by_protocol),

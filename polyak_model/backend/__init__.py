@@ -5,10 +5,14 @@ This is the one place that chooses a backend.
 
 import importlib
 import pkgutil
+import typing
 
 import keras
 
 from polyak_model.backend import interface
+
+if typing.TYPE_CHECKING:
+    from polyak_model.backend.interface import *
 
 _current = keras.backend.backend()
 _supported = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]

@@ -28,8 +28,8 @@ def average(
         typer.Argument(
             metavar="FILES",
             exists=True,
-            help="Files saved by Keras: .keras, .weights.h5 or .weights.json; or one folder of "
-            "them, with --last or --best.",
+            help="Files saved by Keras: .keras, .weights.h5 or .weights.json; or .safetensors "
+            "files of any framework; or one folder of them, with --last or --best.",
         ),
     ],
     output: typing.Annotated[
@@ -38,7 +38,7 @@ def average(
             "--output",
             "-o",
             metavar="FILE",
-            help="The file to write: .weights.h5, or .keras from .keras files.",
+            help="The file to write: .weights.h5, .safetensors, or .keras from .keras files.",
         ),
     ],
     weights: typing.Annotated[

@@ -27,7 +27,8 @@ def extract(
             "--output",
             "-o",
             metavar="FILE",
-            help="The .keras or .weights.h5 file to write. An existing one is replaced.",
+            help="The .keras, .weights.h5 or .safetensors file to write. An existing one is "
+            "replaced.",
         ),
     ],
     contents: typing.Annotated[
@@ -41,7 +42,7 @@ def extract(
     """
     # Only a .keras file contains the architecture.
     is_archive = find_kind(file) == ".keras"
-    endings = (".keras", ".weights.h5") if is_archive else (".weights.h5",)
+    endings = (*[".keras"] * is_archive, ".weights.h5", ".safetensors")
     check_output(output, endings, sources=[file])
     with open_weights(file) as weights:
         extraction.extract(weights, contents, output)

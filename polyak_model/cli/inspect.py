@@ -29,7 +29,7 @@ def inspect(
         typer.Argument(
             metavar="FILE",
             exists=True,
-            help="A .keras, .weights.h5 or .weights.json file; or the folder of an "
+            help="A .keras, .weights.h5, .weights.json or .safetensors file; or the folder of an "
             "AverageSnapshots callback.",
         ),
     ],

@@ -4,11 +4,12 @@ import numpy as np
 
 from polyak_model.saving import layout
 from polyak_model.saving.wrapper_reader import find_whole_wrapper, read_rules
+from polyak_model.weight_files import safetensors_file
 from polyak_model.weight_files.combine import copy
 from polyak_model.weight_files.keras_archive import CONFIG
 from polyak_model.weight_files.output import writing
 from polyak_model.weight_files.refusal import refusal
-from polyak_model.weight_files.training_state import is_inside
+from polyak_model.weight_files.training_state import is_inside, split_variables
 from polyak_model.weight_files.writer import create_groups, created_weights
 
 # As in `average_model.save`: plain SGD has no state to lose, and Keras evaluates no model that was
@@ -31,8 +32,8 @@ def extract(weights, contents, output):
             `"raw"`. In a `.keras` file, an average model is compiled for
             evaluation, with plain SGD and the loss and metrics of the raw model;
             the raw one keeps its optimizer with its state.
-        output: Path of a `.weights.h5` file; or of a `.keras` file, if `weights`
-            is one.
+        output: Path of a `.weights.h5` file; of a `.safetensors` file, for the
+            weights alone; or of a `.keras` file, if `weights` is one.
 
     Raises:
         InputError: If the file cannot be used or the output cannot be written;
@@ -55,6 +56,9 @@ def extract(weights, contents, output):
                 {old: new for old, new in each.items() if not is_inside(new, {layout.OPTIMIZER})}
                 for each in (groups, names)
             )
+    if str(output).endswith(safetensors_file.ENDING):
+        model, _ = split_variables(weights, group)
+        names = {old: new for old, new in names.items() if new in model}
     size = sum(weights.variables[name].nbytes for name in names)
     with (
         writing(output, size) as partial,

@@ -14,7 +14,7 @@ from polyak_model.weight_files.refusal import find_errno, in_one_line
 try:
     import fcntl
 except ImportError:  # Windows has no such locks, and cannot open folders.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PREFIX = ".polyak_model-partial-"
 # Shows that this package made the folder.

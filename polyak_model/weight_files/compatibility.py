@@ -3,6 +3,7 @@
 import numpy as np
 
 from polyak_model.errors import InputError
+from polyak_model.weight_files import safetensors_file
 from polyak_model.weight_files.output import check_output, identify
 from polyak_model.weight_files.reader import find_kind
 from polyak_model.weight_files.tensor import cut
@@ -23,7 +24,12 @@ def check_kinds(paths, output):
             these files, or the output cannot be created.
     """
     kinds = {find_kind(path) for path in paths}
-    check_output(output, (".weights.h5", ".keras"))
+    check_output(output, (".weights.h5", ".keras", safetensors_file.ENDING))
+    if safetensors_file.ENDING in kinds and find_kind(output) != safetensors_file.ENDING:
+        raise InputError(
+            f"Cannot write {str(output)!r}: .safetensors files contain tensors alone, without the "
+            "layers that Keras looks for. Choose a name in .safetensors."
+        )
     if find_kind(output) == ".keras" and kinds != {".keras"}:
         raise InputError(
             f"Cannot write {str(output)!r}: only .keras files contain the config of the model. "

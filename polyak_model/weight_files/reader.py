@@ -1,4 +1,4 @@
-"""Opens weight files of Keras without Keras, as untrusted input."""
+"""Opens weight files without Keras, as untrusted input."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import pathlib
 
 import h5py
 
+from polyak_model.weight_files import safetensors_file
 from polyak_model.weight_files.hdf5 import GuardedFile, list_variables
 from polyak_model.weight_files.keras_archive import (
     CONFIG,
@@ -19,7 +20,8 @@ from polyak_model.weight_files.keras_archive import (
 )
 from polyak_model.weight_files.refusal import in_one_line, opened, refusal, refusing
 
-ENDINGS = (".weights.h5", ".keras", ".weights.json")
+KERAS_ENDINGS = (".weights.h5", ".keras", ".weights.json")
+ENDINGS = (*KERAS_ENDINGS, safetensors_file.ENDING)
 _LONGEST_MAP = 16 * 2**20
 
 
@@ -34,10 +36,10 @@ class WeightFile:
             to a variable: `name`, `shape`, `dtype` (as Keras names it),
             `nbytes` and `read()`.
         attributes: A dict from the path of each group inside to its attributes,
-            a dict; the outermost group is "".
+            a dict; the outermost group is "". Empty for a `.safetensors` file.
         config: The contents of config.json, a dict; None unless a `.keras` file.
-        metadata: The contents of metadata.json, a dict; None unless a `.keras`
-            file.
+        metadata: The contents of metadata.json, a dict, in a `.keras` file, and
+            the metadata of a `.safetensors` file; else None.
         archive: The open `zipfile.ZipFile`; None unless a `.keras` file.
         places: The paths of its parts: `path` and, for a `.weights.json` file,
             the shards.
@@ -58,13 +60,13 @@ class WeightFile:
 
 @contextlib.contextmanager
 def open_weights(path):
-    """Opens a file that Keras saved, and checks everything but the numbers.
+    """Opens a file that Keras or safetensors saved, and checks everything but the numbers.
 
     No code from the file is executed, nothing is unpickled, and no other file is
     opened, except the shards that a `.weights.json` file names beside it.
 
     Args:
-        path: A file that ends in `.weights.h5`, `.keras` or `.weights.json`.
+        path: A file that ends in one of `ENDINGS`.
 
     Yields:
         A `WeightFile`; its variables can be read until the file is closed.
@@ -144,7 +146,15 @@ def _open_shards(path):
         yield WeightFile(path, ".weights.json", variables, attributes, places=places)
 
 
-_OPENERS = dict(zip(ENDINGS, (_open_hdf5, _open_keras, _open_shards), strict=True))
+@contextlib.contextmanager
+def _open_safetensors(path):
+    with safetensors_file.open_tensors(path) as (variables, metadata):
+        yield WeightFile(path, safetensors_file.ENDING, variables, {}, metadata=metadata)
+
+
+_OPENERS = dict(
+    zip(ENDINGS, (_open_hdf5, _open_keras, _open_shards, _open_safetensors), strict=True)
+)
 
 
 def _read_weight_map(path):

@@ -1,7 +1,7 @@
 """A tensor in a weight file, read as a whole or part by part."""
 
+import dataclasses
 import math
-import typing
 
 import h5py
 import ml_dtypes
@@ -10,7 +10,8 @@ import numpy as np
 from polyak_model.weight_files.refusal import refusing
 
 
-class Part(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """A part of a tensor that is contiguous in row-major order.
 
     Attributes:
@@ -19,8 +20,8 @@ class Part(typing.NamedTuple):
         start: The number of elements of the tensor before it.
     """
 
-    index: tuple
-    shape: tuple
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
     start: int
 
 

@@ -1,4 +1,4 @@
-"""Writes weight files that Keras loads, without Keras."""
+"""Writes weight files that Keras or safetensors loads, without Keras."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import zipfile
 import h5py
 import numpy as np
 
+from polyak_model.weight_files import safetensors_file
 from polyak_model.weight_files.keras_archive import (
     CONFIG,
     METADATA,
@@ -26,7 +27,7 @@ def created_weights(path, like, config=None, group=""):
 
     Args:
         path: Where, in a folder that may contain other files for a while; it
-            ends in `.weights.h5` or `.keras`.
+            ends in `.weights.h5`, `.keras` or `.safetensors`.
         like: The other `WeightFile`, a `.keras` file if `path` is one.
         config: The contents of config.json. Defaults to None: those of `like`,
             without what the model was compiled with, since Keras would warn of
@@ -35,12 +36,18 @@ def created_weights(path, like, config=None, group=""):
             Defaults to "", the whole file.
 
     Yields:
-        An `h5py.File` to fill with `create_groups` and `create_variable`.
+        An `h5py.File` or a `TensorsWriter` to fill with `create_groups` and
+        `create_variable`.
 
     Raises:
         InputError: If `like` is damaged.
         OSError: If the file cannot be written.
     """
+    if path.name.endswith(safetensors_file.ENDING):
+        metadata = like.metadata if like.kind == safetensors_file.ENDING else {}
+        with safetensors_file.created_tensors(path, metadata) as tensors:
+            yield tensors
+        return
     if not str(path).endswith(".keras"):
         with _created_hdf5(path) as file:
             yield file
@@ -63,13 +70,15 @@ def created_weights(path, like, config=None, group=""):
 
 
 def create_groups(file, attributes):
-    """Creates groups with their attributes.
+    """Creates groups with their attributes, where the format has groups.
 
     Args:
-        file: An `h5py.File`.
+        file: An `h5py.File` or a `TensorsWriter`.
         attributes: A dict from the name of each group to its attributes; the
             outermost group is "".
     """
+    if isinstance(file, safetensors_file.TensorsWriter):
+        return
     for name, values in attributes.items():
         group = file.require_group(name) if name else file
         for key, value in values.items():
@@ -77,10 +86,10 @@ def create_groups(file, attributes):
 
 
 def create_variable(file, name, shape, dtype):
-    """Creates a tensor in the format of Keras, to be filled part by part.
+    """Creates a tensor in the format of Keras, to be filled part by part and in order.
 
     Args:
-        file: An `h5py.File`.
+        file: An `h5py.File` or a `TensorsWriter`.
         name: Its path in the file.
         shape: A tuple of ints.
         dtype: Its dtype as Keras names it.
@@ -89,6 +98,8 @@ def create_variable(file, name, shape, dtype):
         A function of (index, array) that writes an array of that dtype to a part
         of the tensor, where `index` is a tuple of slices and ints.
     """
+    if isinstance(file, safetensors_file.TensorsWriter):
+        return file.create(name, shape, dtype)
     opaque = np.dtype("V2") if dtype == "bfloat16" else None
     dataset = file.create_dataset(name, shape, opaque or dtype)
     if opaque:

@@ -6,6 +6,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 from wrappers import INPUTS, make_wrapper
 
 
@@ -63,12 +64,32 @@ def test_an_existing_file_is_replaced(run):
     assert keras.models.load_model("out.keras").built
 
 
+@pytest.mark.parametrize("contents", ["average", "raw"])
+@pytest.mark.parametrize("source", ["wrapper.keras", "wrapper.weights.h5"])
+def test_safetensors_have_the_weights_by_path_and_no_optimizer(run, source, contents):
+    run("extract", source, "--contents", contents, "-o", "out.safetensors")
+    run("extract", source, "--contents", contents, "-o", "out.weights.h5")
+    tensors = safetensors.numpy.load_file("out.safetensors")
+    assert tensors
+    with h5py.File("out.weights.h5") as file:
+        for name, array in tensors.items():
+            np.testing.assert_array_equal(array, file[name])
+    assert not [name for name in tensors if "optimizer" in name]
+    assert '"variables"' in run("inspect", "out.safetensors", "--json")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["wrapper.keras"], "Missing option '--output'"),
-        (["wrapper.keras", "-o", "out.h5"], "must end in .keras or .weights.h5. Choose"),
-        (["wrapper.weights.h5", "-o", "out.keras"], "its name must end in .weights.h5. Choose"),
+        (
+            ["wrapper.keras", "-o", "out.h5"],
+            ".weights.h5 or .safetensors. Choose",
+        ),
+        (
+            ["wrapper.weights.h5", "-o", "out.keras"],
+            ".weights.h5 or .safetensors. Choose",
+        ),
         (["wrapper.keras", "-o", "no/out.keras"], "its folder does not exist"),
         (["wrapper.keras", "-o", "wrapper.keras"], "it is one of the files to read"),
         (["wrapper.keras", "-o", "./link.keras"], "it is one of the files to read"),

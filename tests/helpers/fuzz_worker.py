@@ -16,7 +16,14 @@ import zipfile
 
 import h5py
 import numpy as np
-from weight_samples import CONFIG, TENSORS, WRITERS, write_hdf5, write_keras
+from weight_samples import (
+    CONFIG,
+    TENSORS,
+    WRITERS,
+    write_hdf5,
+    write_keras,
+    write_safetensors,
+)
 
 from polyak_model.checkpoints import average_files
 from polyak_model.errors import InputError
@@ -57,6 +64,8 @@ def write_sources(folder, kind):
         assets = {"assets/layers/lookup/vocabulary.txt": b"a\nb"}
         paths = [write_keras(folder / "stored.zip", **assets)]
         paths += [write_keras(folder / "packed.zip", compression=zipfile.ZIP_DEFLATED)]
+    elif kind == ".safetensors":
+        paths = [write_safetensors(folder / "source.safetensors")]
     else:
         paths = [WRITERS[kind](folder / "source.weights.json")]
     return [path.read_bytes() for path in paths]
@@ -73,7 +82,8 @@ def survives(folder, kind, sources, random):
         damage_members(damaged, source, random)
     else:
         damaged.write_bytes(damage(source, random))
-    ending = ".keras" if kind == ".keras" and random.random() < 0.5 else ".weights.h5"
+    can_keep_kind = kind == ".safetensors" or (kind == ".keras" and random.random() < 0.5)
+    ending = kind if can_keep_kind else ".weights.h5"
     output = folder / f"output{ending}"
     before = sorted(folder.iterdir())
     paths = [whole, damaged]

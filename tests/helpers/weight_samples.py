@@ -6,6 +6,7 @@ import zipfile
 import h5py
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 TENSORS = {
     "layers/dense/vars/0": np.arange(6, dtype="float32").reshape(3, 2) / 7,
@@ -83,6 +84,22 @@ def write_shards(path, tensors=TENSORS):
         write_hdf5(path.with_name(shard), {name: array})
         weight_map.setdefault("/" + name.rpartition("/")[0], []).append(shard)
     path.write_text(json.dumps({"metadata": {"total_size": 0.0}, "weight_map": weight_map}))
+    return path
+
+
+def write_safetensors(path, tensors=TENSORS, metadata=None):
+    """Writes a file in `.safetensors` with the package of that name.
+
+    Args:
+        path: Where.
+        tensors: A dict from name to array.
+        metadata: A dict of strings.
+
+    Returns:
+        `path`.
+    """
+    tensors = {name: np.asarray(array) for name, array in tensors.items()}
+    safetensors.numpy.save_file(tensors, path, metadata)
     return path
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from polyak_model.errors import InputError
 from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
-from polyak_model.weight_files.reader import ENDINGS, open_weights
+from polyak_model.weight_files.reader import KERAS_ENDINGS, open_weights
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def save(model, path):
         model.save_weights(path)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", KERAS_ENDINGS)
 def test_every_variable_that_keras_saved_is_found_and_read(model, tmp_path, ending):
     options = inspect.signature(model.save_weights).parameters
     if ending == ".weights.json" and "max_shard_size" not in options:

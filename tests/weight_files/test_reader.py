@@ -10,7 +10,7 @@ import pytest
 from weight_samples import CONFIG, METADATA, TENSORS, WRITERS, write_hdf5, write_shards
 
 from polyak_model.errors import InputError
-from polyak_model.weight_files.reader import ENDINGS, find_kind, open_weights
+from polyak_model.weight_files.reader import ENDINGS, KERAS_ENDINGS, find_kind, open_weights
 
 
 def refused(path):
@@ -21,7 +21,7 @@ def refused(path):
     return line
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", KERAS_ENDINGS)
 def test_values_dtypes_attributes_and_config_are_those_of_the_file(tmp_path, ending):
     path = WRITERS[ending](tmp_path / f"a{ending}")
     with open_weights(str(path)) as weights:
