@@ -12,6 +12,7 @@ from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router, check_report, check_route
+from polyak_model.keras_protocols import KerasProtocols
 from polyak_model.saving import layout
 from polyak_model.training_checks import (
     check_clone_function,
@@ -31,7 +32,7 @@ for _rule in (
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
+class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
     """Trains a model and keeps the running average of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -379,6 +380,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
                     with backend.unchanged_generators():
                         cloning.build_on(self.shadow.model, inputs, batch)
         self.shadow.start(self.raw_model, inputs)
+        self._refuse_quantization()
+        if inputs is not None:
+            keras_internals.record_inputs(self, inputs)
         self.built = True
 
     def _start_on_batch(self, data):
@@ -418,14 +422,6 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
 
     def compute_mask(self, inputs, previous_mask):
         return self.raw_model.compute_mask(inputs, previous_mask)
-
-    def quantize(self, *args, **kwargs):
-        """Raises `ValueError`: quantized weights cannot be averaged."""
-        raise ValueError(
-            "A PolyakModel cannot be quantized, since its average follows the raw weights. "
-            "Quantize a plain model for serving: average = clone_model(model.average_model), then "
-            "average.quantize('int8')."
-        )
 
     def _train_batch(self, data):
         has_call = keras_internals.has_call(self.raw_model)
