@@ -57,3 +57,17 @@ def test_a_source_distribution_contains_all_tests_and_what_they_read(tmp_path):
     assert len(paths) > 100
     expected = {path.relative_to(source).as_posix() for path in paths}
     assert expected | {".ci/run", "README.md", "setup.cfg", "pyproject.toml"} <= packed
+
+
+@pytest.mark.processes
+def test_keras_loads_a_file_once_the_class_is_imported_and_names_its_module_before(tmp_path):
+    path = str(tmp_path / "model.keras")
+    make = "PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))"
+    run(f"import keras; from polyak_model import PolyakModel; {make}.save({path!r})")
+    load = f"keras.models.load_model({path!r})"
+    loaded = f"from polyak_model import PolyakModel; import keras; print(type({load}).__name__)"
+    assert run(loaded).endswith("PolyakModel")
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        run(f"import keras; {load}")
+    assert "make sure they are all imported" in failure.value.stderr
+    assert "'module': 'polyak_model.model'" in failure.value.stderr
