@@ -16,6 +16,7 @@ from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router
 from polyak_model.inference.routes import ALIAS, check_averages, check_report, check_route
+from polyak_model.keras_protocols import KerasProtocols
 from polyak_model.saving import layout
 from polyak_model.training_checks import (
     check_clone_function,
@@ -37,7 +38,7 @@ for _rule in (
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
+class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
     """Trains a model and keeps running averages of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -447,6 +448,9 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
             if not cloning.has_weights(clone):
                 self._complete(clone, inputs, batch)
         self.shadow.start(self.raw_model, inputs)
+        self._refuse_quantization()
+        if inputs is not None:
+            keras_internals.record_inputs(self, inputs)
         self.built = True
 
     def _complete(self, clone, inputs, batch):
@@ -499,14 +503,6 @@ class PolyakModel(backend.Trainer, RoutedModel, RawAttributes):
 
     def compute_mask(self, inputs, previous_mask):
         return self.raw_model.compute_mask(inputs, previous_mask)
-
-    def quantize(self, *args, **kwargs):
-        """Raises `ValueError`: quantized weights cannot be averaged."""
-        raise ValueError(
-            "A PolyakModel cannot be quantized, since its average follows the raw weights. "
-            "Quantize a plain model for serving: average = clone_model(model.average_model), then "
-            "average.quantize('int8')."
-        )
 
     def _train_batch(self, data):
         has_call = keras_internals.has_call(self.raw_model)

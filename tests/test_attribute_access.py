@@ -129,14 +129,6 @@ def test_what_is_no_rule_is_refused_and_the_old_one_stays(model):
     assert model.rule == ExponentialAverage(0.999)
 
 
-def test_a_wrapper_is_not_quantized(model):
-    before = model.get_weights()
-    with pytest.raises(ValueError, match="cannot be quantized.*clone_model"):
-        model.quantize("int8")
-    for one, other in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 @pytest.mark.parametrize("changed", ["raw_model", "average_model"])
 def test_a_model_that_was_changed_after_wrapping_is_refused_by_name_wherever_it_is_used(
     batches, tmp_path, changed

@@ -1,10 +1,14 @@
 import pathlib
+import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
 import polyak_model
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(script):
@@ -39,3 +43,36 @@ def test_classes_are_registered_when_keras_came_first_or_a_class_was_imported():
     registered = "print('polyak_model>PolyakModel' in keras.saving.get_custom_objects())"
     assert run(f"import keras; import polyak_model; {registered}").endswith("True")
     assert run(f"from polyak_model import PolyakModel; import keras; {registered}").endswith("True")
+
+
+@pytest.mark.processes
+def test_a_source_distribution_contains_all_tests_and_what_they_read(tmp_path):
+    made_here = shutil.ignore_patterns(
+        ".*cache", ".git", ".hypothesis", ".venv", "__pycache__", "*.egg-info", "build"
+    )
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=made_here)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=source, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("polyak_model-*.tar.gz")
+    with tarfile.open(archive) as file:
+        # All names begin with the name of the archive.
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    folders = ("benchmarks", "notebooks", "polyak_model", "tests")
+    paths = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
+    assert len(paths) > 100
+    expected = {path.relative_to(source).as_posix() for path in paths}
+    assert expected | {".ci/run", "README.md", "setup.cfg", "pyproject.toml"} <= packed
+
+
+@pytest.mark.processes
+def test_keras_loads_a_file_once_the_class_is_imported_and_names_its_module_before(tmp_path):
+    path = str(tmp_path / "model.keras")
+    make = "PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))"
+    run(f"import keras; from polyak_model import PolyakModel; {make}.save({path!r})")
+    load = f"keras.models.load_model({path!r})"
+    loaded = f"from polyak_model import PolyakModel; import keras; print(type({load}).__name__)"
+    assert run(loaded).endswith("PolyakModel")
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        run(f"import keras; {load}")
+    assert "make sure they are all imported" in failure.value.stderr
+    assert "'module': 'polyak_model.model'" in failure.value.stderr

@@ -9,19 +9,24 @@ import contextlib
 import contextvars
 
 import keras
+from keras import tree
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.models import Functional
 from keras.src.saving.serialization_lib import SafeModeScope
+from keras.src.utils.io_utils import print_msg as print_message
+from keras.src.utils.summary_utils import count_params, readable_memory_size, weight_memory_size
 
 __all__ = [
     "BuildHook",
     "CompileHook",
     "backup_position",
     "build_on_placeholders",
+    "check_before_quantizing",
     "clear_losses",
     "compilation",
     "compile_arguments",
+    "describe_size",
     "flatten_layers",
     "forward",
     "has_call",
@@ -32,6 +37,8 @@ __all__ = [
     "loss_tracker",
     "metric_direction",
     "penalties",
+    "print_message",
+    "record_inputs",
     "report_penalties",
     "seed_states",
     "trusting_files",
@@ -67,17 +74,63 @@ def forward(model, *args, **kwargs):
     return model(*args, **kwargs, **mode)
 
 
-def build_on_placeholders(model, inputs):
+def build_on_placeholders(model, *args, **kwargs):
     """Creates the weights of a model as `fit` does, which calls it on tensors without values.
 
     Calling the model itself on symbolic tensors asks more of its layers.
 
     Args:
         model: A `keras.Model`.
-        inputs: What it takes, a `keras.KerasTensor` or a nested structure of
+        *args: What it takes, each a `keras.KerasTensor` or a nested structure of
             them.
+        **kwargs: Likewise, by name.
     """
-    compute_output_spec(lambda x: forward(model, x), inputs)
+    compute_output_spec(lambda *args, **kwargs: forward(model, *args, **kwargs), *args, **kwargs)
+
+
+def record_inputs(model, inputs):
+    """Records the inputs of a model as if Keras had built it; its exporters look there.
+
+    Args:
+        model: A `keras.Model`.
+        inputs: A `keras.KerasTensor`, or a nested structure of them.
+    """
+    model._build_shapes_dict = {"input_shape": tree.map_structure(lambda x: x.shape, inputs)}
+
+
+def check_before_quantizing(model, check):
+    """Makes a model call a function before it is quantized.
+
+    Args:
+        model: A `keras.Model`.
+        check: `() ->` anything. What it raises leaves the model as it is.
+    """
+    quantize = model.quantize
+
+    def checked(*args, **kwargs):
+        check()
+        return quantize(*args, **kwargs)
+
+    # Keras gives each instance a `quantize` of its own.
+    object.__setattr__(model, "quantize", checked)
+
+
+def describe_size(weights, stored):
+    """Returns the number of parameters and their size in memory, as in the summary of a model.
+
+    Args:
+        weights: The variables that count as parameters.
+        stored: The variables that take memory.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(2)
+    >>> layer.build((None, 3))
+    >>> describe_size(layer.weights, layer.weights)
+    '8 params (32.00 B)'
+    """
+    memory = readable_memory_size(weight_memory_size(stored))
+    return f"{count_params(weights):,} params ({memory})"
 
 
 def has_call(model):

@@ -22,7 +22,8 @@ def require(module, extra):
     except ImportError as error:
         raise InputError(
             f"This command needs the package {module!r}, which cannot be imported ({error}). "
-            f'Install it: pip install "polyak_model[{extra}]"'
+            f"Install it: pip install {module}; or, with all that the {extra} needs, in a clone of "
+            f'the repository: pip install -e ".[{extra}]"'
         ) from error
 
 

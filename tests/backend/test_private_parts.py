@@ -24,6 +24,10 @@ MODULES = [
     "keras.src.saving.keras_saveable.KerasSaveable",
     "keras.src.saving.serialization_lib.SafeModeScope",
     "keras.src.trainers.trainer.Trainer",
+    "keras.src.utils.io_utils.print_msg",
+    "keras.src.utils.summary_utils.count_params",
+    "keras.src.utils.summary_utils.readable_memory_size",
+    "keras.src.utils.summary_utils.weight_memory_size",
     "keras.src.utils.tracking.DotNotTrackScope",
     "keras.src.utils.tracking.Tracker",
     "tensorflow.python.eager.context",
@@ -37,6 +41,7 @@ MODULES = [
     "tensorflow.python.trackable.data_structures._TupleWrapper",
 ]
 LAYER = (
+    "_build_shapes_dict",
     "_call_has_training_arg",
     "_clear_losses",
     "_flatten_layers",

@@ -163,7 +163,8 @@ def test_a_missing_dependency_is_named_with_its_remedy(refused, monkeypatch, mod
     monkeypatch.setitem(sys.modules, module, None)
     line = refused("demo")
     assert repr(module) in line
-    assert f'pip install "polyak_model[{extra}]"' in line
+    assert f"pip install {module};" in line
+    assert f'pip install -e ".[{extra}]"' in line
 
 
 def test_own_images_need_no_mlxtend(images, monkeypatch, capfd):
