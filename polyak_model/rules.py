@@ -696,8 +696,8 @@ def decay_shares(shape, n):
 
     >>> decay_shares("linear", 4)
     array([0.25, 0.25, 0.25, 0.25])
-    >>> decay_shares("cosine", 5).round(10)
-    array([0.0954915, 0.25     , 0.309017 , 0.25     , 0.0954915])
+    >>> decay_shares("cosine", 5).round(6)
+    array([0.095492, 0.25    , 0.309017, 0.25    , 0.095492])
 
     Reference:
         Tian et al. 2025, WSM: decay-free learning rate schedule via checkpoint
