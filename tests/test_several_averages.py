@@ -154,7 +154,13 @@ def test_the_rule_of_one_average_is_set_in_mid_training_and_the_others_keep_thei
     changed = fit(NAMED, batches)
     kept = fit(NAMED, batches)
     for model, callbacks in ((changed, [SetRule()]), (kept, [])):
-        second = {"shuffle": False, "epochs": 2, "initial_epoch": 1, "verbose": 0, "callbacks": callbacks}
+        second = {
+            "shuffle": False,
+            "epochs": 2,
+            "initial_epoch": 1,
+            "verbose": 0,
+            "callbacks": callbacks,
+        }
         model.fit(*batches, batch_size=4, **second)
     for name in ("short", "rare"):
         expected = kept.average_models[name].get_weights()
