@@ -53,14 +53,14 @@ class AverageSnapshots(keras.callbacks.Callback):
     >>> import numpy as np
     >>> from polyak_model import PowerAverage, snapshots
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    >>> model = PolyakModel(model, average=PowerAverage.from_relative_width(0.05))
+    >>> model = PolyakModel(model, average=PowerAverage.pair())
     >>> model.compile(optimizer="sgd", loss="mse")
     >>> folder = tempfile.mkdtemp()
     >>> x, y = np.ones((100, 3)), np.ones((100, 1))
     >>> history = model.fit(x, y, batch_size=1, callbacks=[AverageSnapshots(folder)], verbose=0)
     >>> rebuilt = snapshots.rebuild(folder, PowerAverage.from_relative_width(0.10))
-    >>> rebuilt.step, rebuilt.snapshots, round(rebuilt.walk_error, 3)
-    (100, 25, 0.035)
+    >>> rebuilt.step, rebuilt.snapshots, round(rebuilt.walk_error, 4)
+    (100, 25, 0.0004)
     """
 
     def __init__(self, folder, count=16, every=None):
@@ -82,7 +82,7 @@ class AverageSnapshots(keras.callbacks.Callback):
             raise TypeError(
                 "AverageSnapshots saves the averages of a PolyakModel. Received: the fit of a "
                 f"{type(self.model).__name__}. Wrap the model: "
-                "PolyakModel(model, average=PowerAverage.from_relative_width(0.05))."
+                "PolyakModel(model, average=PowerAverage.pair())."
             )
         self._is_first_epoch = True
 

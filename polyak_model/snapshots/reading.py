@@ -12,8 +12,7 @@ class AverageReader:
     """Reads one average.
 
     Args:
-        average: An object with the `rule` and the `pairing` of the average and, if
-            it was added to a training that had begun, the `origin` of its steps.
+        average: A `polyak_model.average.average.Average` that is built.
 
     Raises:
         ValueError: If Keras saves an averaged weight in another form.
@@ -35,10 +34,10 @@ class AverageReader:
 
     @property
     def rule(self):
-        """The rule of the average, counted from step 0."""
-        rule, origin = self._average.rule, int(getattr(self._average, "origin", 0))
-        config = rule.get_config()
-        return type(rule).from_config({**config, "start_step": config["start_step"] + origin})
+        """The rule of the average, with steps counted as by the other averages."""
+        rule = self._average.rule
+        start_step = rule.start_step + int(self._average.origin)
+        return type(rule).from_config({**rule.get_config(), "start_step": start_step})
 
     def read(self):
         """Returns the `Weight`s of the average as it is now, copies."""
@@ -55,9 +54,7 @@ def find_readers(model):
     Args:
         model: A `PolyakModel` that is built.
     """
-    shadow = model.shadow
-    averages = getattr(shadow, "averages", {"average": shadow})
-    return {name: AverageReader(average) for name, average in averages.items()}
+    return {name: AverageReader(average) for name, average in model.shadow.averages.items()}
 
 
 def _read(path, value, pair):

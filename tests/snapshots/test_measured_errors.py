@@ -42,7 +42,7 @@ def train(rule, folder=None):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return train(width(0.1), folder), folder
+    return train(PowerAverage.pair(), folder), folder
 
 
 def flat(weights):
