@@ -29,7 +29,11 @@ def documented():
                     yield f"{name}.{key}", member.__doc__
 
 
-FUNCTIONS = {"polyak_model.checkpoints": ["average_files"], "polyak_model.soups": ["greedy_soup"]}
+FUNCTIONS = {
+    "polyak_model.checkpoints": ["average_files"],
+    "polyak_model.snapshots": ["rebuild", "sweep"],
+    "polyak_model.soups": ["greedy_soup"],
+}
 
 
 def test_every_public_name_and_method_has_an_example():
