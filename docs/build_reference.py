@@ -14,6 +14,7 @@ import polyak_model
 MODULES = [
     "polyak_model",
     "polyak_model.checkpoints",
+    "polyak_model.snapshots",
     "polyak_model.soups",
     "polyak_model.inference.routed_model",  # fit, evaluate and predict of a PolyakModel.
 ]

@@ -1,5 +1,6 @@
 """Snapshots of the averages during training, from which others are rebuilt afterwards."""
 
+import os
 import pathlib
 import typing
 
@@ -9,7 +10,7 @@ from polyak_model import backend
 from polyak_model.errors import check_integer
 from polyak_model.model import PolyakModel
 from polyak_model.snapshots.folder import list_snapshots, snapshot_name
-from polyak_model.snapshots.reading import find_readers
+from polyak_model.snapshots.reading import AverageReader, find_readers
 from polyak_model.snapshots.record import Record, write_snapshot
 from polyak_model.snapshots.thinning import find_spacing, find_superfluous
 from polyak_model.weight_files.atomic_write import atomic_file
@@ -63,14 +64,17 @@ class AverageSnapshots(keras.callbacks.Callback):
     (100, 25, 0.0004)
     """
 
-    def __init__(self, folder, count=16, every=None):
+    def __init__(
+        self, folder: str | os.PathLike, count: int = 16, every: int | None = None
+    ) -> None:
         super().__init__()
         self.folder = pathlib.Path(folder)
         self.count = check_integer("count", count, at_least=1, counts="snapshots")
         self.every = every if every is None else check_integer("every", every, at_least=1)
-        self._paths = {}  # By step, in the current period.
-        self._pending = {}  # By step: contents of files that are likely to be superfluous.
-        self._readers = {}
+        self._paths: dict[int, pathlib.Path] = {}  # By step, in the current period.
+        # By step: contents of files that are likely to be superfluous.
+        self._pending: dict[int, tuple] = {}
+        self._readers: dict[str, AverageReader] = {}
         self._position = _Position(0, 0)
         self._period = self._sequence = self._last_step = 0
         self._is_first_epoch = True

@@ -1,6 +1,8 @@
 """PolyakModel: a model, and beside it running averages of its weights."""
 
 import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import tree
@@ -17,6 +19,7 @@ from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router
 from polyak_model.inference.routes import ALIAS, check_averages, check_report, check_route
 from polyak_model.keras_protocols import KerasProtocols
+from polyak_model.rules import Rule
 from polyak_model.saving import layout
 from polyak_model.training_checks import (
     check_clone_function,
@@ -121,19 +124,19 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
 
     def __init__(
         self,
-        model,
-        average=None,
+        model: keras.Model,
+        average: float | Rule | Mapping[str, float | Rule] | None = None,
         *,
-        inference=None,
-        report=None,
-        combine="mean",
-        non_trainable="average",
-        exclude=None,
-        compensated=False,
-        device=None,
-        clone_function=None,
-        name=None,
-    ):
+        inference: str | None = None,
+        report: Sequence[str] | None = None,
+        combine: str | Callable[[list[Any]], Any] = "mean",
+        non_trainable: str = "average",
+        exclude: str | Sequence[str] | Callable[[keras.Variable], bool] | None = None,
+        compensated: bool = False,
+        device: str | None = None,
+        clone_function: Callable[[], keras.Model] | None = None,
+        name: str | None = None,
+    ) -> None:
         check_model(model)
         named = check_averages(_DEFAULT_DECAY if average is None else average)
         inference = check_route("inference", inference or ALIAS, named)
@@ -159,7 +162,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self.raw_model = model
         self.shadow = shadow
         # Under these names Keras saves the average models.
-        vars(self).update({layout.average_group(name): clone for name, clone in clones.items()})
+        self.__dict__.update({layout.average_group(name): clone for name, clone in clones.items()})
         self.clone_function = clone_function
         self.supports_masking = model.supports_masking
         self._adopted = None
@@ -169,7 +172,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self._wrapped = True
 
     @property
-    def average_model(self):
+    def average_model(self) -> keras.Model:
         """The clone that holds the first average, a plain Keras model.
 
         Until averaging begins it mirrors the raw model, also after weights were
@@ -180,7 +183,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return next(iter(self.average_models.values()))
 
     @property
-    def average_models(self):
+    def average_models(self) -> Mapping[str, keras.Model]:
         """The models that hold the averages: a read-only dict by name, in order.
 
         A single average is called `"average"`.
@@ -191,7 +194,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return types.MappingProxyType({name: average.model for name, average in averages})
 
     @property
-    def rule(self):
+    def rule(self) -> Rule:
         """The rule of the first average, which can be set, also while the model trains.
 
         The average and the step stay; the new rule acts from the next step on.
@@ -199,16 +202,16 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return self.shadow.first.rule
 
     @rule.setter
-    def rule(self, rule):
+    def rule(self, rule: float | Rule) -> None:
         self.set_rule(self.shadow.first.name, rule)
 
     @property
-    def rules(self):
+    def rules(self) -> Mapping[str, Rule]:
         """The rules of the averages: a read-only dict by name, in order."""
         averages = self.shadow.averages.items()
         return types.MappingProxyType({name: average.rule for name, average in averages})
 
-    def set_rule(self, name, rule):
+    def set_rule(self, name: str, rule: float | Rule) -> None:
         """Sets the rule of an average, also while the model trains.
 
         The average and its step stay; the new rule acts from the next step on.
@@ -239,13 +242,13 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return averages[check_choice("name", name, tuple(averages))]
 
     @property
-    def average_step(self):
+    def average_step(self) -> int:
         """Int: optimizer steps taken since averaging (re)started."""
         backend.sync(self)
         self.shadow.detector.detect()
         return self.shadow.steps()
 
-    def update_average(self):
+    def update_average(self) -> None:
         """Takes one step of averaging, for training loops of your own.
 
         Call it right after the optimizer's step, eagerly or inside a
@@ -268,7 +271,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self.shadow.detector.stop()
         backend.on_each_replica(self, self.shadow.update)
 
-    def reset_average(self):
+    def reset_average(self) -> None:
         """Forgets the past: all averages become copies of the raw weights, the step 0.
 
         Raises:
@@ -286,7 +289,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self._check_built("reset_average")
         self.shadow.reset()
 
-    def apply_average(self, name=None):
+    def apply_average(self, name: str | None = None) -> None:
         """Copies an average into the raw model, for the end of training or Switch EMA.
 
         The averages and their step stay.
@@ -310,7 +313,15 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self.shadow.catch_up()
         self.shadow.apply(average.name)
 
-    def refresh_statistics(self, data, steps=None, *, batch_size=None, verbose="auto", name=None):
+    def refresh_statistics(
+        self,
+        data: Any,
+        steps: int | None = None,
+        *,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        name: str | None = None,
+    ) -> None:
         """Recomputes the statistics of BatchNormalization in an average model by a pass over data.
 
         The computation is that of `polyak_model.refresh_statistics`. Layers that

@@ -91,7 +91,7 @@ class AverageMonitor(keras.callbacks.Callback):
         # Otherwise Keras would wait for the logs of each batch.
         self.async_safe = every == "epoch"
         self._writer = None if histograms is None else HistogramWriter(histograms)
-        self._before: dict[str, dict] = {}
+        self._before: dict[str, list[np.ndarray]] = {}
         self._newest: dict[str, float] = {}
         self._unmeasured = 0
         self._last_batch = -1

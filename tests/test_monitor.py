@@ -89,6 +89,17 @@ def test_the_logs_have_what_the_rule_remembers():
     assert history["average_effective_iterates"] == expected
 
 
+def test_each_of_several_averages_is_measured_as_it_would_be_alone():
+    rules = {"short": ExponentialAverage(0.5), "long": UniformAverage(start_step=3)}
+    history = fit(wrapped(rules), AverageMonitor())
+    for name, rule in rules.items():
+        alone = fit(wrapped(rule), AverageMonitor())
+        assert history["raw_moved"] == alone["raw_moved"]
+        for quantity in ("distance", "moved", "effective_iterates", "mean_age"):
+            received, expected = history[f"{name}_{quantity}"], alone[f"average_{quantity}"]
+            np.testing.assert_allclose(received, expected, rtol=1e-6)
+
+
 def test_training_is_the_same_with_and_without_it():
     plain, watched = wrapped(), wrapped()
     expected, received = fit(plain), fit(watched, AverageMonitor(per_layer=True))

@@ -16,7 +16,7 @@ GOOD = """
 import keras
 import numpy as np
 from polyak_model import *
-from polyak_model import checkpoints, soups
+from polyak_model import checkpoints, snapshots, soups
 
 inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 rules = {"short": 0.9, "long": PowerAverage.from_relative_width(0.1, update_every=2)}
@@ -28,11 +28,17 @@ ages: np.ndarray = ExponentialAverage(0.9).mean_age(np.arange(9))
 rule: ExponentialAverage = ExponentialAverage.from_half_life(epochs=1, steps_per_epoch=312)
 refresh_statistics(clone_model(model.average_model), np.ones((8, 3)), batch_size=4)
 result = checkpoints.average_files(["a.keras", "b.keras"], "c.keras", weights=[1, 2])
+error: float = snapshots.rebuild("folder", PowerAverage()).walk_error
 share: float = result.shares[0] * rescale_decay(0.999, 4)
 """
 # Wrong lines, each with a part of what is reported.
 WRONG = {
     "PolyakModel(inner, averge=0.9)": 'Unexpected keyword argument "averge"',
+    "PolyakModel(inner, average='0.9')": 'has incompatible type "str"',
+    "model.set_rule('short', decay=0.9)": 'Unexpected keyword argument "decay"',
+    "model.rule = '0.9'": 'expression has type "str"',
+    "AverageSnapshots('folder', evry=3)": 'Unexpected keyword argument "evry"',
+    "snapshots.rebuild('folder', UniformAverage(), liek='a.keras')": 'argument "liek"',
     "PolyakModle(inner)": 'Name "PolyakModle" is not defined',
     "polyak_model.UnifromAverage()": 'Module has no attribute "UnifromAverage"',
     "ExponentialAverage(dekay=0.9)": 'Unexpected keyword argument "dekay"',

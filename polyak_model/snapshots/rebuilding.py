@@ -3,6 +3,8 @@
 import contextlib
 import copy as shallow
 import dataclasses
+import os
+from collections.abc import Callable
 
 from polyak_model.errors import InputError, check_integer, is_number
 from polyak_model.posthoc.basis import Basis
@@ -59,7 +61,15 @@ class Rebuilt:
         return len({step for step, _ in self.coefficients})
 
 
-def rebuild(folder, rule, output=None, like=None, step=None, max_error=0.05, progress=None):
+def rebuild(
+    folder: str | os.PathLike,
+    rule: Rule,
+    output: str | os.PathLike | None = None,
+    like: str | os.PathLike | None = None,
+    step: int | None = None,
+    max_error: float = 0.05,
+    progress: Callable[[float], None] | None = None,
+) -> Rebuilt:
     """Writes the average that a rule would have given, from snapshots of other averages.
 
     It is the linear combination of the stored averages whose shares of the

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from polyak_model.errors import InputError, check_choice
 from polyak_model.rules import Rule
@@ -61,20 +64,20 @@ class Sweep:
 
 
 def sweep(
-    folder,
-    rules,
-    data,
-    metric,
-    mode=None,
+    folder: str | os.PathLike,
+    rules: Iterable[Rule],
+    data: tuple[Any, Any],
+    metric: str,
+    mode: str | None = None,
     *,
-    like,
-    output=None,
-    steps=None,
-    refresh=None,
-    max_error=0.05,
-    batch_size=32,
-    progress=None,
-):
+    like: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    steps: Iterable[int] | None = None,
+    refresh: Any = None,
+    max_error: float = 0.05,
+    batch_size: int = 32,
+    progress: Callable[[float], None] | None = None,
+) -> Sweep:
     """Rebuilds several averages of one training, and scores each on held-out data.
 
     Args:
@@ -149,7 +152,8 @@ def sweep(
             f"`mode` must be given for the metric {metric!r}, since Keras does not define whether "
             "larger or smaller values of it are better. Pass 'max' or 'min'."
         )
-    statistics, scores = [], {}
+    statistics: list[str] = []
+    scores: dict[int, tuple[float | None, float | None]] = {}
     for number, rebuilt in enumerate(exact):
         if progress is not None:
             progress(number / len(exact))
