@@ -10,6 +10,42 @@ def has_own(model, name):
     return getattr(type(model), name) is not getattr(keras.Model, name)
 
 
+def may_call(model, name):
+    """Returns whether a method of a model's class may call the one of `keras.Model`.
+
+    Args:
+        model: A `keras.Model`.
+        name: The name of the method.
+
+    Example:
+
+    >>> class Alone(keras.Sequential):
+    ...     def fit(self, x):
+    ...         return None
+    >>> may_call(Alone(), "fit"), may_call(keras.Sequential(), "fit")
+    (False, True)
+    """
+    kinds = type(model).__mro__
+    own = [vars(kind) for kind in kinds[: kinds.index(keras.Model)]]
+    method = next((methods[name] for methods in own if name in methods), None)
+    if not inspect.isfunction(method):
+        return True
+    used, new = set(), _names(method)
+    while new:
+        used |= new
+        called = [methods[each] for methods in own for each in new if each in methods]
+        new = set().union(*map(_names, called)) - used
+    return name in used
+
+
+def _names(value):
+    """Returns the names that a function or its code uses, with those of functions inside."""
+    code = getattr(inspect.unwrap(value), "__code__", value) if callable(value) else value
+    if not inspect.iscode(code):
+        return set()
+    return {*code.co_names, *(name for each in code.co_consts for name in _names(each))}
+
+
 def redirected(model, name, target):
     """Returns a method of a model whose `super()` calls another function.
 

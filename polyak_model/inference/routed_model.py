@@ -9,7 +9,7 @@ from keras import tree
 from polyak_model import backend
 from polyak_model.backend import keras_internals
 from polyak_model.inference import export
-from polyak_model.inference.own_methods import given, redirected
+from polyak_model.inference.own_methods import given, may_call, redirected
 from polyak_model.saving.saveable_model import SaveableModel
 
 # The wrapper and the model of the `evaluate` or `predict` that runs in this context, for the
@@ -186,14 +186,11 @@ class RoutedModel(SaveableModel):
             return fit(*args, **kwargs)
 
         raw = self._router.raw
+        if not may_call(raw, "fit"):
+            raise _not_averaged(raw, "never calls it")
         history = redirected(raw, "fit", fit_and_average)(**arguments)
         if not called:
-            raise ValueError(
-                f"`{type(raw).__name__}.fit` must train by `super().fit()`, so that the average "
-                "follows. Received: a `fit` that returned without calling it; what it trained has "
-                "not been averaged. Move the loop into `train_step`, or write it outside of the "
-                "model and call model.update_average() after each step."
-            )
+            raise _not_averaged(raw, "returned without calling it; its steps are not averaged")
         return history
 
     def evaluate(
@@ -356,6 +353,14 @@ class RoutedModel(SaveableModel):
                 f"`{method}()` needs weights. Received: a model that is not built. Call "
                 "model.build(input_shape), or the model on a batch, first."
             )
+
+
+def _not_averaged(raw, received):
+    return ValueError(
+        f"`{type(raw).__name__}.fit` must train by `super().fit()`, so that the average follows. "
+        f"Received: a `fit` that {received}. Move the loop into `train_step`, or write it outside "
+        "of the model and call model.update_average() after each step."
+    )
 
 
 class _Show(keras.callbacks.Callback):

@@ -87,9 +87,46 @@ class OwnLoop(ScaledModel):
         return [self.train_step((x / 255, y)) for _ in range(2)]
 
 
-def test_a_fit_that_trains_without_that_of_keras_is_refused():
-    inner = OwnLoop()
+class SometimesOwnLoop(OwnLoop):
+    def fit(self, x, y, by_keras=False):
+        return ScaledModel.fit(self, x, y) if by_keras else super().fit(x, y)
+
+
+class CallsByAnother(ScaledModel):
+    def fit(self, x, y, **kwargs):
+        return self.train_fully(x, y, **kwargs)
+
+    def train_fully(self, *args, **kwargs):
+        def train():
+            return super(ScaledModel, self).fit(*args, **kwargs)
+
+        return train()
+
+
+def wrap_compiled(make):
+    inner = make()
+    inner(X / 255)
     inner.compile("sgd", "mse")
-    model = PolyakModel(inner)
-    with pytest.raises(ValueError, match=r"`OwnLoop.fit` must train by .*update_average\(\)"):
+    return PolyakModel(inner)
+
+
+def test_a_fit_that_never_calls_that_of_keras_is_refused_before_it_trains():
+    model = wrap_compiled(OwnLoop)
+    before = model.raw_model.get_weights()
+    with pytest.raises(
+        ValueError, match=r"`OwnLoop.fit` must .*never calls it.*update_average\(\)"
+    ):
         model.fit(X, Y)
+    np.testing.assert_array_equal(before[0], model.raw_model.get_weights()[0])
+
+
+def test_a_fit_that_did_not_call_that_of_keras_is_refused():
+    model = wrap_compiled(SometimesOwnLoop)
+    with pytest.raises(ValueError, match=r"`SometimesOwnLoop.fit` must .*returned without calling"):
+        model.fit(X, Y)
+
+
+def test_a_fit_that_calls_that_of_keras_in_another_method_trains():
+    model = wrap_compiled(CallsByAnother)
+    model.fit(X / 255, Y, batch_size=4, verbose=0)
+    assert model.average_step == 2
