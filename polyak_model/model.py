@@ -251,7 +251,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         Call it right after the optimizer's step, eagerly or inside a
         `tf.function`. In a loop that calls the PolyakModel itself with
         `training=True` steps are detected without it, and a step that is
-        reported as well is not counted twice.
+        reported as well is not counted twice. On JAX, a loop that `jax.jit`
+        compiles calls `stateless_update_average(trainable_variables,
+        non_trainable_variables)`, which returns the new non-trainable ones.
 
         Raises:
             ValueError: If the model is not built.

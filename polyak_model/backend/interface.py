@@ -110,14 +110,15 @@ def assign(
 def fingerprint(variables: Iterable[keras.Variable]) -> Tensor:
     """Returns a hash of the values of variables, a scalar integer tensor other than 0.
 
-    With m = 0x9E3779B1, and arithmetic modulo 2**32, it is computed from 0 by
+    It is computed from 0, for one variable after another, by
 
-        hash = hash * m + sum(bits[i] * ((s[i] ^ (s[i] >> 16)) | 1)),  s[i] = (i + 1) * m
+        hash = hash * m + sum(mix(bits[i]) * (mix((i + 1) * m) | 1))
 
-    for one variable after another, where `bits` are its values as unsigned
-    integers of 32 bits: values of 16 bits are zero-extended, those of 64 bits
-    are two each, the lower half first. The result is that hash as a signed
-    integer of 32 bits, 1 in place of 0; it is the same on all backends.
+    where m = 0x9E3779B1 and mix(x) = x ^ (x >> 16), with arithmetic of unsigned
+    integers modulo 2**32, and `bits` are the values as such integers: values of
+    16 bits are zero-extended, those of 64 bits are two each, the lower half
+    first. The result is that hash as a signed integer of 32 bits, 1 in place of
+    0. It is the same on all backends.
 
     A change of one value of at most 32 bits always changes it. Other changes
     cancel with a probability of about 2**-32.

@@ -57,7 +57,41 @@ class PredictionStep:
 
 
 class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHook):
-    pass
+    def stateless_update_average(self, trainable_variables, non_trainable_variables):
+        """Takes one step of averaging, for training loops that `jax.jit` compiles.
+
+        Call it right after the optimizer's step. It is `update_average` as a
+        function of the state.
+
+        Args:
+            trainable_variables: List of the new values of
+                `model.trainable_variables`.
+            non_trainable_variables: List of the values of
+                `model.non_trainable_variables`, averages included.
+
+        Returns:
+            List of the new values of `model.non_trainable_variables`.
+
+        Raises:
+            ValueError: If the model is not built.
+
+        Example:
+
+        >>> import jax, keras
+        >>> from polyak_model import PolyakModel
+        >>> model = PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+        >>> update = jax.jit(model.stateless_update_average)
+        >>> weights = [variable.value for variable in model.trainable_variables]
+        >>> state = [variable.value for variable in model.non_trainable_variables]
+        >>> state = update(weights, state)
+        >>> for variable, value in zip(model.non_trainable_variables, state):
+        ...     variable.assign(value)
+        >>> model.average_step
+        1
+        """
+        groups = groups_of(self, "predict_step")
+        state = trainable_variables, non_trainable_variables
+        return run_stateless(self.update_average, groups, state)[1][1]
 
 
 @contextlib.contextmanager
