@@ -43,6 +43,7 @@ MODULES = {
         "device",
         "on_each_replica",
         "once",
+        "place_like",
         "replicas",
         "strategy_scope",
         "synchronize",
@@ -302,6 +303,15 @@ def device(name: str | None) -> contextlib.AbstractContextManager:
 
     Args:
         name: A device such as `"CPU:0"`, or None for the current one.
+    """
+
+
+def place_like(variable: keras.Variable, other: keras.Variable) -> None:
+    """Spreads a variable over devices as another one of the same shape is.
+
+    Args:
+        variable: The variable to place.
+        other: A variable of the same shape.
     """
 
 

@@ -12,6 +12,7 @@ from polyak_model.backend.jax.state import (
     run_stateless,
     values_of,
 )
+from polyak_model.backend.jax.tracing import double_precision
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
 
 __all__ = [
@@ -47,6 +48,11 @@ class EvaluationStep:
     def make_test_function(self, force=False):
         with _as_a_new_function(self, "test_step"):
             super().make_test_function(force)
+
+    def jax_state_sync(self):
+        # Otherwise, putting values of 64 bits on several devices truncates them.
+        with double_precision():
+            super().jax_state_sync()
 
 
 class PredictionStep:
