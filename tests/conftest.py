@@ -101,13 +101,15 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
 def pytest_collection_modifyitems(config, items):
-    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
-    items[:] = filter(runs_here, items)
     for item in items:
+        if "strategy" in getattr(item, "fixturenames", ()):
+            item.add_marker("tensorflow")
         if item.path.name in OF_ALL_BACKENDS and not item.get_closest_marker("tensorflow"):
             item.add_marker("backends")
         if is_quick(item):
             item.add_marker("quick")
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = filter(runs_here, items)
     if "tensorflow" in sys.modules:
         import devices
 

@@ -21,6 +21,7 @@ MODULES = {
         "TrainingStep",
         "build_by_step",
         "call_step",
+        "exclusive_call",
         "may_skip_steps",
         "optimizer_step",
         "rehearse",
@@ -226,6 +227,18 @@ def rehearse(
         function: What to trace.
         batch: Its argument: tensors, arrays and None.
         variables: The existing variables that it reads.
+    """
+
+
+def exclusive_call(model: keras.Model, route: keras.Model) -> contextlib.AbstractContextManager:
+    """Returns a context for a call of `fit`, `evaluate` or `predict`.
+
+    Where such a call takes the values out of the variables, the other threads
+    wait for it, and the values are back if it fails.
+
+    Args:
+        model: The model that is trained.
+        route: The model whose method is called, which shares variables with it.
     """
 
 

@@ -67,3 +67,17 @@ def gradients_of(loss, model):
     for variable, value in zip(state, changed, strict=True):
         variable.assign(value)
     return gradients
+
+
+def call_at_each_run(function):
+    """Calls a function of Python whenever the current operations are executed."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.py_function(function, [], [])
+    elif BACKEND == "jax":
+        import jax
+
+        jax.debug.callback(function)
+    else:
+        function()

@@ -1,6 +1,8 @@
 """The steps that Keras compiles, which on JAX take and return the state of their model."""
 
 import contextlib
+import threading
+import weakref
 
 from keras import ops, tree
 from keras.src.backend import compute_output_spec
@@ -22,6 +24,7 @@ __all__ = [
     "TrainingStep",
     "build_by_step",
     "call_step",
+    "exclusive_call",
     "may_skip_steps",
     "optimizer_step",
     "rehearse",
@@ -145,6 +148,30 @@ def rehearse(function, batch, variables):
     compute_output_spec(function, symbolic(batch))
 
 
+_locks = weakref.WeakKeyDictionary()
+
+
+def _lock(model):
+    return _locks.setdefault(model, threading.RLock())
+
+
+@contextlib.contextmanager
+def exclusive_call(model, route):
+    with _lock(model):
+        variables = [*route.variables, *route.metrics_variables]
+        values = [variable.value for variable in variables]
+        try:
+            yield
+        except BaseException:
+            # Keras leaves variables empty, as it does during the call.
+            route.jax_state_sync()
+            for variable, value in zip(variables, values, strict=True):
+                if variable._value is None:
+                    variable.assign(value)
+            raise
+
+
 def sync(model):
     if not in_stateless_scope():  # Inside a step, variables have the values of that step.
-        model.jax_state_sync()
+        with _lock(model):
+            model.jax_state_sync()
