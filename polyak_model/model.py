@@ -254,7 +254,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         Call it right after the optimizer's step, eagerly or inside a
         `tf.function`. In a loop that calls the PolyakModel itself with
         `training=True` steps are detected without it, and a step that is
-        reported as well is not counted twice.
+        reported as well is not counted twice. On JAX, a loop that `jax.jit`
+        compiles calls `stateless_update_average(trainable_variables,
+        non_trainable_variables)`, which returns the new non-trainable ones.
 
         Raises:
             ValueError: If the model is not built.
@@ -478,7 +480,13 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             batch = x if backend.runs_eagerly() else None
             backend.once(lambda: self._start_on(backend.symbolic(x), batch))
 
+    def _build_by_step(self, data):
+        has_call = keras_internals.has_call(self.raw_model)
+        if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
+            backend.build_by_step(self.raw_model, data)
+
     def _build_on_batch(self, data):
+        self._build_by_step(data)
         self._start_on_batch(data)
         self._router.build_metrics(data)
         self._build_optimizer()
@@ -516,9 +524,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return self.raw_model.compute_mask(inputs, previous_mask)
 
     def _train_batch(self, data):
-        has_call = keras_internals.has_call(self.raw_model)
-        if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
-            backend.build_by_step(self.raw_model, data)
+        self._build_by_step(data)
         self._start_on_batch(data)
         check_counts_steps(self.raw_model)
         before = backend.optimizer_step(self.raw_model)

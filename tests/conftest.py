@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import sys
+import tempfile
 
 import closed_forms
 import hypothesis
@@ -20,6 +21,12 @@ TESTS = pathlib.Path(__file__).parent
 MODES = {"eager": {"run_eagerly": True}, "graph": {}, "xla": {"jit_compile": True}}
 MODES["graph with shipped thresholds"] = {}
 BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
+if BACKEND == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Many tests compile the same model. Workers of pytest-xdist inherit the folder.
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # JAX compiles everything by XLA; on PyTorch, Keras compiles nothing unless told to.
 MODES_OF = {"jax": {"eager", "xla"}, "torch": {"eager"}}
 # Modules with laws of all backends. What is about TensorFlow in them is marked so.
@@ -28,9 +35,13 @@ OF_ALL_BACKENDS = {
     "test_batch_norm.py",
     "test_between_fits.py",
     "test_callbacks.py",
+    "test_distribution.py",
+    "test_fingerprint.py",
+    "test_jax.py",
     "test_interface.py",
     "test_joint_model.py",
     "test_keras_callbacks.py",
+    "test_kinds_of_model.py",
     "test_larger_model.py",
     "test_laws.py",
     "test_model.py",
@@ -90,13 +101,15 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
 def pytest_collection_modifyitems(config, items):
-    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
-    items[:] = filter(runs_here, items)
     for item in items:
+        if "strategy" in getattr(item, "fixturenames", ()):
+            item.add_marker("tensorflow")
         if item.path.name in OF_ALL_BACKENDS and not item.get_closest_marker("tensorflow"):
             item.add_marker("backends")
         if is_quick(item):
             item.add_marker("quick")
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = filter(runs_here, items)
     if "tensorflow" in sys.modules:
         import devices
 
@@ -110,7 +123,7 @@ def runs_here(item):
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return BACKEND == "tensorflow" or not (
         item.get_closest_marker("tensorflow")
-        or parameters.get("mode") in MODES.keys() - MODES_OF[BACKEND]
+        or parameters.get("mode") in [*MODES.keys() - MODES_OF[BACKEND]]
     )
 
 

@@ -67,7 +67,7 @@ def test_law_1_the_average_equals_the_closed_form_sum_of_the_iterates(rule, mode
 def test_law_1_holds_for_every_rule_in_a_training_loop_of_ones_own(rule, mode, walk):
     model, start, iterates = walk
     model = PolyakModel(model, rule)
-    update = compiled(model.update_average, **mode)
+    update = compiled(model.update_average, model.variables, **mode)
     for iterate in iterates:
         model.raw_model.set_weights(iterate)
         update()
@@ -116,7 +116,7 @@ def test_laws_1_and_2_hold_for_variables_of_every_size(mode, compensated, ulps):
     ]
     inner.set_weights(start)
     model = PolyakModel(inner, rule, compensated=compensated)
-    update = compiled(model.update_average, **mode)
+    update = compiled(model.update_average, model.variables, **mode)
     for _ in range(3):
         update()
     assert_identical(start, model.average_model.get_weights())
@@ -155,7 +155,7 @@ def test_law_1_holds_on_any_trajectory(path, name):
 def test_law_2_constant_weights_are_a_fixed_point_bit_for_bit(rule, mode, walk):
     inner, start, _ = walk
     model = PolyakModel(inner, rule)
-    update = compiled(model.update_average, **mode)
+    update = compiled(model.update_average, model.variables, **mode)
     for _ in range(50):
         update()
     assert model.average_step == 50

@@ -134,7 +134,7 @@ def test_a_training_loop_of_ones_own_updates_inside_a_function(batches, mode):
         optimizer.apply_gradients(zip(gradients_of(loss, model), weights, strict=True))
         model.update_average()
 
-    step = compiled(step, **mode)
+    step = compiled(step, [*model.variables, *optimizer.variables], **mode)
     kernels = []
     for _ in range(5):
         step()

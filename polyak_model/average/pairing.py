@@ -147,6 +147,7 @@ def pair(raw_model, average_model, add_beside, copies_statistics, compensated, e
     pairs = []
     for position, (raw, average) in enumerate(weights):
         average.trainable = False
+        backend.place_like(average, raw)
         learned = id(average) not in untrained
         if position in excluded:
             pairs.append(Pair(average, raw, EXCLUDED, learned))

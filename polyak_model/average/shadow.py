@@ -107,13 +107,8 @@ class Shadow(keras.layers.Layer):
 
     def _add_beside(self, average, role, dtype):
         with backend.device(self.device):
-            return self.add_weight(
-                shape=average.shape,
-                dtype=dtype,
-                initializer="zeros",
-                trainable=False,
-                name=f"{role}_{average.path.replace('/', '_')}",
-            )
+            name = f"{role}_{average.path.replace('/', '_')}"
+            return keras_internals.add_zeros_like(self, average, dtype, name)
 
     def steps(self):
         """Returns the optimizer steps taken since averaging (re)started, an int."""

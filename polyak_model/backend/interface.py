@@ -21,6 +21,7 @@ MODULES = {
         "TrainingStep",
         "build_by_step",
         "call_step",
+        "exclusive_call",
         "may_skip_steps",
         "optimizer_step",
         "rehearse",
@@ -43,6 +44,7 @@ MODULES = {
         "device",
         "on_each_replica",
         "once",
+        "place_like",
         "replicas",
         "strategy_scope",
         "synchronize",
@@ -110,14 +112,15 @@ def assign(
 def fingerprint(variables: Iterable[keras.Variable]) -> Tensor:
     """Returns a hash of the values of variables, a scalar integer tensor other than 0.
 
-    With m = 0x9E3779B1, and arithmetic modulo 2**32, it is computed from 0 by
+    It is computed from 0, for one variable after another, by
 
-        hash = hash * m + sum(bits[i] * ((s[i] ^ (s[i] >> 16)) | 1)),  s[i] = (i + 1) * m
+        hash = hash * m + sum(mix(bits[i]) * (mix((i + 1) * m) | 1))
 
-    for one variable after another, where `bits` are its values as unsigned
-    integers of 32 bits: values of 16 bits are zero-extended, those of 64 bits
-    are two each, the lower half first. The result is that hash as a signed
-    integer of 32 bits, 1 in place of 0; it is the same on all backends.
+    where m = 0x9E3779B1 and mix(x) = x ^ (x >> 16), with arithmetic of unsigned
+    integers modulo 2**32, and `bits` are the values as such integers: values of
+    16 bits are zero-extended, those of 64 bits are two each, the lower half
+    first. The result is that hash as a signed integer of 32 bits, 1 in place of
+    0. It is the same on all backends.
 
     A change of one value of at most 32 bits always changes it. Other changes
     cancel with a probability of about 2**-32.
@@ -227,6 +230,18 @@ def rehearse(
     """
 
 
+def exclusive_call(model: keras.Model, route: keras.Model) -> contextlib.AbstractContextManager:
+    """Returns a context for a call of `fit`, `evaluate` or `predict`.
+
+    Where such a call takes the values out of the variables, the other threads
+    wait for it, and the values are back if it fails.
+
+    Args:
+        model: The model that is trained.
+        route: The model whose method is called, which shares variables with it.
+    """
+
+
 def sync(model: keras.Model) -> None:
     """Writes state that a training loop keeps elsewhere back to the variables of a model.
 
@@ -301,6 +316,15 @@ def device(name: str | None) -> contextlib.AbstractContextManager:
 
     Args:
         name: A device such as `"CPU:0"`, or None for the current one.
+    """
+
+
+def place_like(variable: keras.Variable, other: keras.Variable) -> None:
+    """Spreads a variable over devices as another one of the same shape is.
+
+    Args:
+        variable: The variable to place.
+        other: A variable of the same shape.
     """
 
 

@@ -20,6 +20,7 @@ from keras.src.utils.summary_utils import count_params, readable_memory_size, we
 __all__ = [
     "BuildHook",
     "CompileHook",
+    "add_zeros_like",
     "backup_position",
     "build_on_placeholders",
     "check_before_quantizing",
@@ -218,6 +219,28 @@ def lacks_metrics(model):
     """Returns whether a compiled model creates metrics at its first batch."""
     parts = (model._compile_metrics, model._compile_loss)
     return any(part is not None and not part.built for part in parts)
+
+
+def add_zeros_like(layer, variable, dtype, name):
+    """Adds an untrained weight of zeros to a layer, spread over devices as another variable is.
+
+    Args:
+        layer: A `keras.Layer`.
+        variable: A variable of the same shape.
+        dtype: The dtype of the weight.
+        name: The name of the weight.
+
+    Returns:
+        A `keras.Variable`.
+    """
+    arguments = {"shape": variable.shape, "dtype": dtype, "trainable": False, "name": name}
+    layout = getattr(variable, "_layout", None)
+    if layout is None:
+        return layer.add_weight(initializer="zeros", **arguments)
+    # Its path is not that of the variable, which a `LayoutMap` may match.
+    weight = keras.Variable("zeros", layout=layout, **arguments)
+    layer._track_variable(weight)
+    return weight
 
 
 def metric_direction(metric):

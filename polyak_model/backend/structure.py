@@ -21,6 +21,8 @@ SHARED = (
     keras.DTypePolicy,
     keras.Initializer,
     keras.constraints.Constraint,
+    keras.distribution.DeviceMesh,
+    keras.distribution.TensorLayout,
     keras.regularizers.Regularizer,
 )
 

@@ -80,7 +80,8 @@ class RoutedModel(SaveableModel):
             self._router.shadow.catch_up()
         token = _running.set((self, model))
         try:
-            yield
+            with backend.exclusive_call(self, model):
+                yield
         finally:
             _running.reset(token)
             self._start_if_built()
@@ -90,7 +91,10 @@ class RoutedModel(SaveableModel):
         # A callback of an evaluation may train, with the metrics of training.
         token = _running.set((None, None))
         try:
-            with self._router.shadow.training_threads.joined():
+            with (
+                backend.exclusive_call(self, self),
+                self._router.shadow.training_threads.joined(),
+            ):
                 yield
         finally:
             _running.reset(token)
@@ -98,7 +102,10 @@ class RoutedModel(SaveableModel):
     @property
     def _running_model(self):
         wrapper, model = _running.get()
-        return model if wrapper is self else None
+        if wrapper is not self:
+            return None
+        backend.sync(model)
+        return model
 
     @property
     def stop_evaluating(self):

@@ -80,7 +80,7 @@ def test_compensation_keeps_a_slow_average_from_stalling():
         model.raw_model.set_weights([np.ones((2, 1), "float32")])
         model.reset_average()
         model.raw_model.set_weights([np.full((2, 1), 1.001, "float32")])
-        update = compiled(lambda: [model.update_average() for _ in range(100)])
+        update = compiled(lambda: [model.update_average() for _ in range(100)], model.variables)
         for _ in range(300):
             update()
         expected = 1.001 - 0.001 * 0.9999**30_000
@@ -120,7 +120,7 @@ def test_the_average_of_16_bit_weights_is_right_to_half_a_rounding(
 ):
     inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, dtype=policy)])
     model = PolyakModel(inner, rule, compensated=compensated)
-    update = compiled(model.update_average)
+    update = compiled(model.update_average, model.variables)
     generator = np.random.default_rng(0)
     start, iterates = inner.get_weights(), []
     for _ in range(300):

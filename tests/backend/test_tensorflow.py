@@ -5,8 +5,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
-from hypothesis import strategies as st
 from models import compile_classifier, make_classifier
 
 from polyak_model import backend
@@ -15,30 +13,6 @@ from polyak_model.backend.common import optimizers_of
 
 def variables(*values, dtype="float32"):
     return tuple(keras.Variable(np.array(value, dtype)) for value in values)
-
-
-SHAPES = [(), (1,), (5,), (2, 4), (7, 3)]
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-def test_a_fingerprint_is_the_same_however_it_is_computed(dtype):
-    several = [keras.Variable(np.random.rand(*shape), dtype=dtype) for shape in SHAPES]
-
-    def take():
-        return backend.fingerprint(several)
-
-    assert int(take()) == int(tf.function(take)()) == int(tf.function(take, jit_compile=True)())
-
-
-@given(
-    values=st.lists(st.integers(-8, 8), min_size=6, max_size=6),
-    steps=st.lists(st.integers(-2, 2), min_size=6, max_size=6),
-)
-def test_fingerprints_differ_where_values_do(values, steps):
-    values, moved = np.array(values, "float32"), np.array(values, "float32") + np.array(steps)
-    one, other = (backend.fingerprint(variables(v[:4], v[4:])) for v in (values, moved))
-    assert (int(one) == int(other)) == np.array_equal(values, moved)
-    assert int(one) != 0
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool"])

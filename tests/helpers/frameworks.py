@@ -5,21 +5,35 @@ import keras
 BACKEND = keras.backend.backend()
 
 
-def compiled(function, run_eagerly=False, jit_compile=False):
-    """Compiles a function that changes variables as `compile` compiles a training step.
-
-    Only TensorFlow compiles such functions.
+def compiled(function, variables, run_eagerly=False, jit_compile=False):
+    """Compiles a function that assigns to variables as `compile` compiles a training step.
 
     Args:
-        function: A function.
+        function: A function without arguments; its result is dropped.
+        variables: All variables that it reads or assigns to.
         run_eagerly: As in `keras.Model.compile`.
         jit_compile: As in `keras.Model.compile`.
     """
-    if run_eagerly or BACKEND != "tensorflow":
+    if run_eagerly or BACKEND == "torch":
         return function
-    import tensorflow as tf
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
 
-    return tf.function(function, jit_compile=jit_compile)
+        return tf.function(function, jit_compile=jit_compile)
+    import jax
+
+    def stateless(values):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))) as scope:
+            function()
+        return [scope.get_current_value(variable) for variable in variables]
+
+    stateless = jax.jit(stateless)
+
+    def call():
+        for variable, value in zip(variables, stateless([v.value for v in variables]), strict=True):
+            variable.assign(value)
+
+    return call
 
 
 def gradients_of(loss, model):
@@ -53,3 +67,17 @@ def gradients_of(loss, model):
     for variable, value in zip(state, changed, strict=True):
         variable.assign(value)
     return gradients
+
+
+def call_at_each_run(function):
+    """Calls a function of Python whenever the current operations are executed."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.py_function(function, [], [])
+    elif BACKEND == "jax":
+        import jax
+
+        jax.debug.callback(function)
+    else:
+        function()

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 from devices import add_second_device
+from frameworks import BACKEND
 from keras import layers
 from keras.src.applications import mobilenet_v3
 from keras.src.applications.convnext import ConvNeXt
@@ -166,7 +167,9 @@ def dense(**arguments):
 
 IMAGES = GENERATOR.uniform(0, 255, size=(4, 32, 32, 3)).astype("float32")
 add_second_device()
-WORDS = keras.ops.convert_to_tensor([["red", "blue", "green", "grey"][i % 4] for i in range(32)])
+WORDS = np.array([["red", "blue", "green", "grey"][i % 4] for i in range(32)])
+if BACKEND == "tensorflow":  # Others have no strings.
+    WORDS = keras.ops.convert_to_tensor(WORDS)
 NUMBERS = GENERATOR.integers(10, 15, size=(32, 1))
 
 

@@ -12,10 +12,14 @@ def fingerprint(variables):
     total, odd = jnp.uint32(0), jnp.uint32(_ODD)
     for variable in variables:
         bits = _bits(jax.lax.stop_gradient(ops.convert_to_tensor(variable)))
-        spread = jnp.arange(1, bits.size + 1, dtype="uint32") * odd
-        multipliers = (spread ^ (spread >> 16)) | 1
-        total = total * odd + jnp.sum(bits * multipliers, dtype="uint32")
+        multipliers = _mix(jnp.arange(1, bits.size + 1, dtype="uint32") * odd) | 1
+        total = total * odd + jnp.sum(_mix(bits) * multipliers, dtype="uint32")
     return jax.lax.bitcast_convert_type(jnp.where(total == 0, jnp.uint32(1), total), "int32")
+
+
+def _mix(x):
+    # The upper bits of a product do not reach the lower ones.
+    return x ^ (x >> 16)
 
 
 def _bits(values):

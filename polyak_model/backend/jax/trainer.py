@@ -1,6 +1,8 @@
 """The steps that Keras compiles, which on JAX take and return the state of their model."""
 
 import contextlib
+import threading
+import weakref
 
 from keras import ops, tree
 from keras.src.backend import compute_output_spec
@@ -12,6 +14,7 @@ from polyak_model.backend.jax.state import (
     run_stateless,
     values_of,
 )
+from polyak_model.backend.jax.tracing import double_precision
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "TrainingStep",
     "build_by_step",
     "call_step",
+    "exclusive_call",
     "may_skip_steps",
     "optimizer_step",
     "rehearse",
@@ -48,6 +52,11 @@ class EvaluationStep:
         with _as_a_new_function(self, "test_step"):
             super().make_test_function(force)
 
+    def jax_state_sync(self):
+        # Otherwise, putting values of 64 bits on several devices truncates them.
+        with double_precision():
+            super().jax_state_sync()
+
 
 class PredictionStep:
     def predict_step(self, state, data):
@@ -57,7 +66,41 @@ class PredictionStep:
 
 
 class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHook):
-    pass
+    def stateless_update_average(self, trainable_variables, non_trainable_variables):
+        """Takes one step of averaging, for training loops that `jax.jit` compiles.
+
+        Call it right after the optimizer's step. It is `update_average` as a
+        function of the state.
+
+        Args:
+            trainable_variables: List of the new values of
+                `model.trainable_variables`.
+            non_trainable_variables: List of the values of
+                `model.non_trainable_variables`, averages included.
+
+        Returns:
+            List of the new values of `model.non_trainable_variables`.
+
+        Raises:
+            ValueError: If the model is not built.
+
+        Example:
+
+        >>> import jax, keras
+        >>> from polyak_model import PolyakModel
+        >>> model = PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
+        >>> update = jax.jit(model.stateless_update_average)
+        >>> weights = [variable.value for variable in model.trainable_variables]
+        >>> state = [variable.value for variable in model.non_trainable_variables]
+        >>> state = update(weights, state)
+        >>> for variable, value in zip(model.non_trainable_variables, state):
+        ...     variable.assign(value)
+        >>> model.average_step
+        1
+        """
+        groups = groups_of(self, "predict_step")
+        state = trainable_variables, non_trainable_variables
+        return run_stateless(self.update_average, groups, state)[1][1]
 
 
 @contextlib.contextmanager
@@ -105,6 +148,30 @@ def rehearse(function, batch, variables):
     compute_output_spec(function, symbolic(batch))
 
 
+_locks = weakref.WeakKeyDictionary()
+
+
+def _lock(model):
+    return _locks.setdefault(model, threading.RLock())
+
+
+@contextlib.contextmanager
+def exclusive_call(model, route):
+    with _lock(model):
+        variables = [*route.variables, *route.metrics_variables]
+        values = [variable.value for variable in variables]
+        try:
+            yield
+        except BaseException:
+            # Keras leaves variables empty, as it does during the call.
+            route.jax_state_sync()
+            for variable, value in zip(variables, values, strict=True):
+                if variable._value is None:
+                    variable.assign(value)
+            raise
+
+
 def sync(model):
     if not in_stateless_scope():  # Inside a step, variables have the values of that step.
-        model.jax_state_sync()
+        with _lock(model):
+            model.jax_state_sync()

@@ -16,15 +16,15 @@ def fingerprint(variables):
     total = tf.constant(0, "int64")
     for variable in variables:
         bits = _bits(tf.convert_to_tensor(variable))
-        total = total * _ODD + tf.reduce_sum(bits * _multipliers(bits.shape[0]))
+        multipliers = _mix(tf.range(1, bits.shape[0] + 1, dtype="int64") * _ODD) | 1
+        total = total * _ODD + tf.reduce_sum(_mix(bits) * multipliers)
     low = tf.bitcast(total, "int32")[0]
     return tf.cast(tf.where(low == 0, tf.ones_like(low), low), "int64")
 
 
-def _multipliers(count):
-    spread = tf.range(1, count + 1, dtype="int64") * _ODD
-    high = tf.bitwise.right_shift(spread & _LOW, tf.constant(16, "int64"))
-    return tf.bitwise.bitwise_xor(spread, high) | 1
+def _mix(x):
+    # The upper bits of a product do not reach the lower ones.
+    return x ^ tf.bitwise.right_shift(x & _LOW, tf.constant(16, "int64"))
 
 
 def _bits(values):

@@ -27,6 +27,10 @@ def _without_aggregation(create, **kwargs):
     return create(**kwargs)
 
 
+def place_like(variable, other):
+    pass  # Variables are copied with their strategy.
+
+
 def strategy_scope(model):
     strategy = strategy_of(model)
     # A replica is inside the scope already and must not enter it again.
