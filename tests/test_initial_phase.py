@@ -2,9 +2,17 @@
 
 import warnings
 
+import keras
+import numpy as np
 import pytest
 
-from polyak_model import ExponentialAverage, PolynomialAverage, PowerAverage, UniformAverage
+from polyak_model import (
+    ExponentialAverage,
+    PolyakModel,
+    PolynomialAverage,
+    PowerAverage,
+    UniformAverage,
+)
 from polyak_model.initial_phase import warn_of_initial_phase
 
 
@@ -73,3 +81,24 @@ def test_the_warning_points_to_the_caller():
     with pytest.warns(UserWarning, match="initial phase") as caught:
         warn_of_initial_phase({"average": UniformAverage()}, 100)
     assert caught[0].filename == __file__
+
+
+def fit(average, epochs=1):
+    model = PolyakModel(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), average)
+    model.compile("sgd", "mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(epochs):
+            model.fit(np.ones((100, 2)), np.ones((100, 1)), batch_size=1, verbose=0)
+    return [each for each in caught if "initial phase" in str(each.message)]
+
+
+def test_fit_warns_once_of_each_average_that_remembers_the_initial_phase():
+    caught = fit({"slow": 0.999, "fine": PowerAverage(), "all": UniformAverage()}, epochs=2)
+    names = [str(each.message).split("'")[1] for each in caught]
+    assert names == ["slow", "all"]
+    assert {each.filename for each in caught} == {__file__}
+
+
+def test_fit_is_silent_where_the_memory_suits_the_run():
+    assert fit(PowerAverage()) == []

@@ -10,11 +10,16 @@ from polyak_model import backend
 from polyak_model.backend import keras_internals
 from polyak_model.inference import export
 from polyak_model.inference.own_methods import given, may_call, redirected
+from polyak_model.initial_phase import warn_of_initial_phase
 from polyak_model.saving.saveable_model import SaveableModel
 
 # The wrapper and the model of the `evaluate` or `predict` that runs in this context, for the
 # callbacks of that call alone.
 _running = contextvars.ContextVar("running", default=(None, None))
+
+
+# Of a trial run, the length says nothing.
+_FEWEST_STEPS = 100
 
 
 class RoutedModel(SaveableModel):
@@ -36,6 +41,7 @@ class RoutedModel(SaveableModel):
         self._router = routes
         self._inference = inference
         self.report = None if report is None else tuple(report)
+        self._length_is_judged = False
 
     @property
     def inference(self):
@@ -159,6 +165,9 @@ class RoutedModel(SaveableModel):
     ):
         """Trains as `keras.Model.fit` does, with the same arguments.
 
+        Once, after a training of at least 100 steps, it warns of averages that
+        still remember its initial phase.
+
         Returns:
             A `keras.callbacks.History`.
 
@@ -183,7 +192,13 @@ class RoutedModel(SaveableModel):
         with self._train(), self._backups.watched(callbacks):
             values = (x, y, batch_size, epochs, verbose, callbacks, validation_split)
             values += (validation_data, *args)
-            return self._fit(super().fit, given("fit", *values, **kwargs))
+            history = self._fit(super().fit, given("fit", *values, **kwargs))
+        shadow = self._router.shadow
+        if shadow.steps() >= _FEWEST_STEPS and not self._length_is_judged:
+            self._length_is_judged = True
+            rules = {name: average.rule for name, average in shadow.averages.items()}
+            warn_of_initial_phase(rules, shadow.steps(), stacklevel=3)
+        return history
 
     def _fit(self, fit, arguments):
         called = []
