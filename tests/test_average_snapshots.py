@@ -26,9 +26,9 @@ def make_model(rule=None, layers=None, **options):
     return PolyakModel(inner, average=rule or width(0.05), **options)
 
 
-def fit(model, folder, epochs=1, count=4, callbacks=(), **options):
+def fit(model, folder, epochs=1, count=4, callbacks=(), batch_size=1, **options):
     snapshots = AverageSnapshots(folder, **{"count": count, **options})
-    settings = {"batch_size": 1, "shuffle": False, "verbose": 0}
+    settings = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
     model.fit(X, Y, epochs=epochs, callbacks=[snapshots, *callbacks], **settings)
 
 
@@ -277,6 +277,16 @@ def test_models_of_any_kind_load_what_is_rebuilt(tmp_path, kind):
     expected = model.average_model.get_weights()
     for received, array in zip(loaded.get_weights(), expected, strict=True):
         np.testing.assert_allclose(received, array, rtol=1e-6, atol=1e-7)
+
+
+def test_one_of_several_replicas_is_read(tmp_path, strategy):
+    with strategy.scope():
+        model = make_model(PowerAverage.pair())
+    fit(model, tmp_path / "a", batch_size=2)
+    arrays = read(tmp_path / "a")
+    for name, average in model.average_models.items():
+        path = ("snapshot-0000000020.weights.h5", f"averages/{name}/layers/dense/vars/0")
+        np.testing.assert_array_equal(arrays[path], average.weights[0].numpy())
 
 
 def test_weights_that_keras_saves_in_another_form_are_refused(tmp_path):

@@ -36,7 +36,7 @@ class AverageReader:
     def rule(self):
         """The rule of the average, with steps counted as by the other averages."""
         rule = self._average.rule
-        start_step = rule.start_step + int(self._average.origin)
+        start_step = rule.start_step + int(self._average.origin.numpy())
         return type(rule).from_config({**rule.get_config(), "start_step": start_step})
 
     def read(self):
