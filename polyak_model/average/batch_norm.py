@@ -129,6 +129,7 @@ def measure(model, layers, data, steps=None, *, batch_size=None, verbose="auto")
             if steps is None:
                 # All data was to be read.
                 warnings.filterwarnings("ignore", message="Your input ran out of data")
+            stack.enter_context(backend.exclusive_call(model, reader))
             reader.evaluate(data, batch_size=batch_size, steps=steps, verbose=verbose)
     values = []
     with backend.double_precision():
