@@ -219,7 +219,8 @@ def test_a_damaged_vocabulary_is_refused(saved, refused, tmp_path):
 def test_a_config_of_any_depth_is_extracted_or_refused(saved, refused, tmp_path):
     source = tmp_path / "deep.keras"
     refusals = 0
-    for depth in range(100, 3000, 97):
+    # From Python 3.13 on, JSON may be nested several times as deep as before.
+    for depth in (*range(100, 3000, 97), 100_000):
         deep = "[" * depth + "]" * depth
         text = '{"config": {"model": {"class_name": "A", "config": ' + deep + "}}}"
         rewrite(saved[0] / "sequential.keras", source, "config.json", text)
@@ -228,7 +229,7 @@ def test_a_config_of_any_depth_is_extracted_or_refused(saved, refused, tmp_path)
         except InputError:
             refusals += 1
             assert "config.json" in refused(source)
-    assert 0 < refusals < 30
+    assert 0 < refusals < 31
 
 
 def rewrite(source, target, name, content):

@@ -148,7 +148,7 @@ def rehearse(function, batch, variables):
     compute_output_spec(function, symbolic(batch))
 
 
-_locks = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _lock(model):
