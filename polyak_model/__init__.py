@@ -9,10 +9,8 @@ __version__ = "0.2.0"
 if typing.TYPE_CHECKING:
     from polyak_model.average.batch_norm import refresh_statistics
     from polyak_model.average.cloning import clone_model
-    from polyak_model.average_snapshots import AverageSnapshots
-    from polyak_model.callbacks import AverageCheckpoint
+    from polyak_model.callbacks import AverageCheckpoint, AverageMonitor, AverageSnapshots
     from polyak_model.model import PolyakModel
-    from polyak_model.monitor import AverageMonitor
     from polyak_model.rules import (
         ExponentialAverage,
         PolynomialAverage,
@@ -38,8 +36,8 @@ __all__ = [
 ]
 _HOMES = {
     "AverageCheckpoint": "polyak_model.callbacks",
-    "AverageMonitor": "polyak_model.monitor",
-    "AverageSnapshots": "polyak_model.average_snapshots",
+    "AverageMonitor": "polyak_model.callbacks",
+    "AverageSnapshots": "polyak_model.callbacks",
     "PolyakModel": "polyak_model.model",
     "clone_model": "polyak_model.average.cloning",
     "refresh_statistics": "polyak_model.average.batch_norm",

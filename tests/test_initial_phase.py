@@ -13,7 +13,7 @@ from polyak_model import (
     PowerAverage,
     UniformAverage,
 )
-from polyak_model.initial_phase import warn_of_initial_phase
+from polyak_model.rules.initial_phase import warn_of_initial_phase
 
 
 def messages(rule, step):

@@ -10,7 +10,7 @@ from polyak_model import backend
 from polyak_model.backend import keras_internals
 from polyak_model.inference import export
 from polyak_model.inference.own_methods import given, may_call, redirected
-from polyak_model.initial_phase import warn_of_initial_phase
+from polyak_model.rules.initial_phase import warn_of_initial_phase
 from polyak_model.saving.saveable_model import SaveableModel
 
 # The wrapper and the model of the `evaluate` or `predict` that runs in this context, for the

@@ -10,8 +10,8 @@ import rich.table
 from keras import ops
 
 from polyak_model import backend
+from polyak_model.callbacks.histograms import HistogramWriter
 from polyak_model.errors import check_choice, check_integer
-from polyak_model.histograms import HistogramWriter
 from polyak_model.model import PolyakModel
 
 if typing.TYPE_CHECKING:
