@@ -7,7 +7,7 @@ import pytest
 from wrappers import INPUTS, KINDS, TARGETS, make_wrapper
 
 from polyak_model import AverageSnapshots, ExponentialAverage, PolyakModel, PowerAverage
-from polyak_model.callbacks import snapshots as callback as module
+from polyak_model.callbacks import snapshots as module
 from polyak_model.errors import InputError
 from polyak_model.snapshots import rebuild
 from polyak_model.snapshots.folder import list_snapshots, read_run

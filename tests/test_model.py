@@ -275,6 +275,7 @@ def test_every_constructor_argument_goes_through_the_config():
         "report": ("raw", "average"),
         "combine": last,
         "non_trainable": "copy",
+        "exclude": r".*/bias",
         "compensated": True,
         "device": "CPU:0",
         "clone_function": make_small,
