@@ -2,8 +2,9 @@
 
     python benchmarks/snapshots.py
 
-Claim: less than 2 % of the demo's training, and no call blocks longer than one
-file takes to write. Method: the net, data and epochs of `polyak-model demo`, with
+Claim: the cost is that of writing at most 33 files and of reading the averages
+about a hundred times, whatever the length of the training; no call blocks longer
+than one file takes to write. Method: the net, data and epochs of `polyak-model demo`, with
 the two averages of `PowerAverage.pair()`; each call of the callback is timed
 inside `fit`, so that both times are of the same run.
 """
