@@ -1,11 +1,31 @@
 """Reads the averages of a `PolyakModel` as they are written to a snapshot."""
 
+import typing
+
 import keras
 import numpy as np
 
-from polyak_model.average.pairing import AVERAGED
 from polyak_model.saving.variable_paths import find_saved_values
 from polyak_model.snapshots.record import Weight
+
+
+class _Source(typing.NamedTuple):
+    """What is stored at a path: a variable, with what rounding took from it, or an array."""
+
+    path: str
+    value: typing.Any
+    residual: typing.Any
+    dtype: str
+    averaged: bool
+
+    def read(self):
+        """Returns a copy of the values, floats in 32 bits at least."""
+        array = np.array(keras.ops.convert_to_numpy(self.value))
+        if self.residual is not None:
+            # Only float64 holds both.
+            return array.astype("float64") + keras.ops.convert_to_numpy(self.residual)
+        is_half = "float" in self.dtype and array.dtype.itemsize < 4
+        return array.astype("float32") if is_half else array
 
 
 class AverageReader:
@@ -20,9 +40,12 @@ class AverageReader:
 
     def __init__(self, average):
         self._average = average
-        self._pairing = pairing = average.pairing
-        self._values, self.groups = find_saved_values(pairing.average_model)
-        saved = {id(value) for value in self._values.values()}
+        self._find_sources()
+
+    def _find_sources(self):
+        pairing = self._average.pairing
+        values, self.groups = find_saved_values(pairing.average_model)
+        saved = {id(value) for value in values.values()}
         for pair in pairing.averaged:
             if id(pair.average) not in saved:
                 raise ValueError(
@@ -30,7 +53,9 @@ class AverageReader:
                     f"weight {pair.average.path!r}, which it saves in another form, as with LoRA. "
                     "Merge it before the model is wrapped."
                 )
-        self._are_variables = all(isinstance(v, keras.Variable) for v in self._values.values())
+        pairs = {id(pair.average): pair for pair in pairing.averaged}
+        self._sources = [_find_source(path, v, pairs.get(id(v))) for path, v in values.items()]
+        self._are_variables = all(isinstance(v, keras.Variable) for v in values.values())
 
     @property
     def rule(self):
@@ -43,9 +68,15 @@ class AverageReader:
         """Returns the `Weight`s of the average as it is now, copies."""
         if not self._are_variables:
             # Arrays that a layer computes when it is saved.
-            self._values, self.groups = find_saved_values(self._pairing.average_model)
-        pairs = {id(pair.average): pair for pair in self._pairing.pairs}
-        return [_read(path, value, pairs.get(id(value))) for path, value in self._values.items()]
+            self._find_sources()
+        return [Weight(s.path, s.read(), s.dtype, s.averaged) for s in self._sources]
+
+
+def _find_source(path, value, pair):
+    dtype = str(getattr(value, "dtype", "float32"))
+    if pair is None:
+        return _Source(path, value, None, dtype, averaged=False)
+    return _Source(path, pair.target, pair.residual, dtype, averaged=pair.learned)
 
 
 def find_readers(model):
@@ -55,15 +86,3 @@ def find_readers(model):
         model: A `PolyakModel` that is built.
     """
     return {name: AverageReader(average) for name, average in model.shadow.averages.items()}
-
-
-def _read(path, value, pair):
-    dtype = str(getattr(value, "dtype", "float32"))
-    averaged = pair is not None and pair.how == AVERAGED
-    array = np.array(keras.ops.convert_to_numpy(pair.target if averaged else value))
-    if averaged and pair.residual is not None:
-        # Only float64 holds both.
-        array = array.astype("float64") + keras.ops.convert_to_numpy(pair.residual)
-    elif keras.backend.is_float_dtype(dtype) and array.dtype.itemsize < 4:
-        array = array.astype("float32")
-    return Weight(path, array, dtype, averaged and pair.learned)

@@ -20,7 +20,7 @@ import polyak_model
 from polyak_model.rules import Rule
 from polyak_model.weight_files.keras_archive import parse_json
 from polyak_model.weight_files.refusal import refusal
-from polyak_model.weight_files.writer import create_groups, create_variable, created_weights
+from polyak_model.weight_files.writer import created_weights
 
 FORMAT = 1
 AVERAGES = "averages"
@@ -105,12 +105,11 @@ def write_snapshot(path, record, averages, groups=None):
         file[_RECORD] = np.frombuffer(json.dumps(contents).encode(), "uint8")
         for name, weights in averages.items():
             inside = f"{AVERAGES}/{name}"
-            attributes = {f"{inside}/{group}": each for group, each in (groups or {}).items()}
-            create_groups(file, attributes)
             for weight in weights:
-                dtype = str(weight.array.dtype)
-                write = create_variable(file, f"{inside}/{weight.path}", weight.array.shape, dtype)
-                write((), weight.array)
+                file.create_dataset(f"{inside}/{weight.path}", data=weight.array)
+            for group, attributes in (groups or {}).items():
+                if attributes:
+                    file.require_group(f"{inside}/{group}").attrs.update(attributes)
 
 
 def read_record(weights):
