@@ -47,6 +47,7 @@ OF_ALL_BACKENDS = {
     "test_model.py",
     "test_monitor.py",
     "test_optimizers.py",
+    "test_private_parts.py",
     "test_routed_model.py",
     "test_saveable_model.py",
     "test_shadow.py",

@@ -1,5 +1,7 @@
 """What is particular to JAX: functions of the state, compiled once for equal functions."""
 
+import importlib.util
+
 import keras
 import numpy as np
 import pytest
@@ -109,6 +111,24 @@ def test_a_stateless_loop_averages_as_fit_does(compensated, batches):
             variable.assign(value)
     assert model.average_step == 4
     assert_close(fitted.average_model.get_weights(), model.average_model.get_weights(), ulps=4)
+
+
+@pytest.mark.parametrize(
+    ("format", "named"),
+    [
+        ("tf_saved_model", "requires the tensorflow module"),
+        ("onnx", "requires the jax2onnx module"),
+        ("litert", "requires TensorFlow or PyTorch backend"),
+        ("torch", "requires PyTorch backend"),
+    ],
+)
+def test_an_export_that_needs_another_package_is_refused_by_name(format, named, tmp_path):
+    if any(map(importlib.util.find_spec, ("tensorflow", "jax2onnx"))):
+        pytest.skip("The package is installed.")
+    model = PolyakModel(make_classifier())
+    with pytest.raises((ImportError, ValueError), match=named):
+        model.export(tmp_path / "artifact", format=format, verbose=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_model_built_by_its_first_training_step_is_refused(batches):
