@@ -485,6 +485,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         has_call = keras_internals.has_call(self.raw_model)
         if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
             backend.build_by_step(self.raw_model, data)
+            # Parts that the step does not use are not built yet.
+            backend.once(lambda: self._start(None))
 
     def _build_on_batch(self, data):
         self._build_by_step(data)
