@@ -80,7 +80,7 @@ def _import(path):
         raise refusal(
             path,
             f"reading it needs the package 'safetensors', which cannot be imported ({error})",
-            'Install it: pip install safetensors',
+            "Install it: pip install safetensors",
         ) from error
     return safe_open
 
