@@ -13,6 +13,7 @@ from polyak_model.average import batch_norm, clone_check, cloning
 from polyak_model.average.exclusion import check_exclude
 from polyak_model.average.shadow import Shadow
 from polyak_model.backend import keras_internals
+from polyak_model.backend.common import exportable
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
@@ -484,6 +485,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         has_call = keras_internals.has_call(self.raw_model)
         if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
             backend.build_by_step(self.raw_model, data)
+            # Parts that the step does not use are not built yet.
+            backend.once(lambda: self._start(None))
 
     def _build_on_batch(self, data):
         self._build_by_step(data)
@@ -511,7 +514,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
 
     def call(self, inputs, *args, training=None, **kwargs):
         backend.sync(self)
-        self.shadow.catch_up(training)
+        with exportable(not training):
+            self.shadow.catch_up(training)
         if training:
             return self.raw_model(inputs, *args, **kwargs)
         outputs = self._router.predictor(self.inference)(inputs, *args, **kwargs)

@@ -1,5 +1,7 @@
 """What the backends share: the optimizers of a model, and placeholders."""
 
+import contextlib
+import contextvars
 import sys
 import types
 
@@ -13,6 +15,28 @@ from polyak_model.backend.keras_internals import flatten_layers
 _LIBRARIES = frozenset(
     {*sys.stdlib_module_names, "h5py", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torch"}
 )
+
+
+_exportable = contextvars.ContextVar("exportable", default=False)
+
+
+@contextlib.contextmanager
+def exportable(value=True):
+    """While open, what is traced may be exported later and captures variables alone.
+
+    Args:
+        value: Bool. Whether to do so, or nothing. Defaults to True.
+    """
+    token = _exportable.set(value)
+    try:
+        yield
+    finally:
+        _exportable.reset(token)
+
+
+def may_be_exported():
+    """Returns whether `exportable` is open."""
+    return _exportable.get()
 
 
 def optimizers_of(model):

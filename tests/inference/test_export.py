@@ -230,6 +230,61 @@ def test_an_onnx_model_answers_as_predicted_here_and_holds_no_other_route(shippe
     assert average <= shipped.classifier.average_model.count_params() < ensemble
 
 
+# Archives of the user's own
+
+
+def make_net_of_words():
+    table = layers.StringLookup(vocabulary=["red", "green"])
+    inputs = keras.Input((1,), dtype="string")
+    return keras.Model(
+        inputs, layers.Dense(2)(layers.Flatten()(layers.Embedding(3, 4)(table(inputs))))
+    )
+
+
+NETS = {
+    "numbers": (serving_worker.make_net, lambda: tf.constant(make_data()[0])),
+    "words": (make_net_of_words, lambda: tf.constant([["red"], ["blue"], ["green"]] * 8)),
+}
+
+
+@pytest.fixture(params=NETS)
+def archived(request):
+    """A compiled wrapper, its inputs, and an archive that tracks it."""
+    make, make_inputs = NETS[request.param]
+    model = PolyakModel(make(), UniformAverage())
+    model.compile("sgd", "mse", jit_compile=False)
+    return model, make_inputs(), keras.export.ExportArchive()
+
+
+@pytest.mark.parametrize("trained_between", [False, True])
+def test_a_function_that_was_called_before_is_exported(archived, trained_between, tmp_path):
+    model, x, archive = archived
+    y = np.zeros((len(x), model.raw_model.output_shape[1]))
+    model.fit(x, y, verbose=0)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, x.shape[1]), x.dtype)])
+    def function(x):
+        return model(x, training=False)
+
+    function(x)
+    if trained_between:
+        model.fit(x, y, verbose=0)
+    archive.track(model)
+    archive.add_endpoint("serve", function)
+    archive.write_out(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_array_equal(served.serve(x), model.predict(x, verbose=0))
+
+
+def test_a_wrapper_is_tracked_and_added_in_one_line(archived, tmp_path):
+    model, x, archive = archived
+    signature = [tf.TensorSpec((None, x.shape[1]), x.dtype)]
+    archive.track_and_add_endpoint("serve", model, input_signature=signature)
+    archive.write_out(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_array_equal(served.serve(x), model.predict(x, verbose=0))
+
+
 # Exporting is no event in the life of a model
 
 

@@ -1,5 +1,7 @@
 """The laws for models with training steps of their own."""
 
+import concurrent.futures
+
 import closed_forms
 import keras
 import numpy as np
@@ -181,3 +183,67 @@ def test_a_model_that_its_first_step_builds_is_averaged_from_the_first_step_on(d
         unstepped.network.build((None, 3))
         expected = unstepped.network.kernel / 4 + first / 4 + last / 2
     np.testing.assert_allclose(model.average_model.get_weights()[0], expected, rtol=1e-5)
+
+
+class MadeInPieces(BuiltByItsStep):
+    """A model of which a part and a weight of its own exist when it is wrapped."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+        self.head = keras.layers.Dense(2)
+        self.head.build((None, 3))
+        self.norm = keras.layers.Normalization()
+
+
+class MadeInPiecesWithCall(MadeInPieces):
+    def call(self, inputs):
+        return self.scale * self.head(self.network(inputs))
+
+
+X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+
+
+def train_in_pieces(make, prepare, wrap):
+    keras.utils.set_random_seed(2)
+    raw = make()
+    model = PolyakModel(raw, UniformAverage()) if wrap else raw
+    model.compile(keras.optimizers.SGD(0.1))
+    prepare(model)
+    recorder = Recorder(raw)
+    model.fit(X, batch_size=8, shuffle=False, verbose=0, callbacks=[recorder])
+    return model, recorder.iterates
+
+
+PREPARATIONS = {
+    "nothing": lambda model: None,
+    "built by hand": lambda model: model.build((None, 3)),
+    "a part built by hand": lambda model: model.network.build((None, 3)),
+    "a part adapted": lambda model: model.norm.adapt(X),
+}
+
+
+# Keras warns that the bare model, built by hand, has parts that are not.
+@pytest.mark.filterwarnings("ignore:`build\\(\\)` was called on layer 'made_in_pieces")
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize(
+    ("make", "preparation"),
+    [
+        *((MadeInPiecesWithCall, name) for name in PREPARATIONS),
+        # Keras refuses to build a model without `call` by hand.
+        *((MadeInPieces, name) for name in PREPARATIONS if name != "built by hand"),
+    ],
+)
+def test_a_model_made_in_pieces_trains_as_bare_and_is_averaged(make, preparation, in_thread):
+    prepare = PREPARATIONS[preparation]
+    _, expected = train_in_pieces(make, prepare, wrap=False)
+    if in_thread:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            model, iterates = thread.submit(train_in_pieces, make, prepare, wrap=True).result()
+    else:
+        model, iterates = train_in_pieces(make, prepare, wrap=True)
+    assert len(iterates) == model.average_step == 2
+    for one, other in zip(expected[-1], iterates[-1], strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other, average in zip(*iterates, model.average_model.get_weights(), strict=True):
+        np.testing.assert_allclose(average, (one + other) / 2, rtol=1e-5, atol=1e-7)

@@ -135,3 +135,84 @@ def test_the_average_of_a_language_model_generates():
         {"token_ids": received, "padding_mask": np.ones_like(received)}, verbose=0
     )
     np.testing.assert_array_equal(received[:, 3:], logits.argmax(-1)[:, 2:-1])
+
+
+def make_reader_and_writer():
+    """Makes a language model with a tokenizer of three words."""
+    keras.utils.set_random_seed(0)
+    words = ["<|endoftext|>", "a", "b", "c", "Ġ", "Ġa", "Ġb", "Ġc"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = ["Ġ a", "Ġ b", "Ġ c"]
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=merges)
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=6)
+    backbone = keras_hub.models.GPT2Backbone(**SIZES, dropout=0.0)
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
+
+
+SENTENCES = np.array(["a b c", "b c a", "c a b", "a a b"])
+
+
+def generate(model):
+    return model.generate(["a b", "c"], max_length=6, stop_token_ids=None)
+
+
+def test_each_model_of_a_language_model_trained_on_texts_generates_texts():
+    bare, model = make_reader_and_writer(), PolyakModel(make_reader_and_writer(), 0.5)
+    for each in (bare, model):
+        each.compile("adam", LOSS, sampler="greedy")
+        each.fit(SENTENCES, batch_size=2, epochs=2, shuffle=False, verbose=0)
+    before = generate(model.average_model)
+    assert generate(model.raw_model) == generate(bare)
+    bare.set_weights(model.average_model.get_weights())
+    assert before == generate(bare)
+    assert all(len(text) > len(start) for text, start in zip(before, ["a b", "c"], strict=True))
+    with pytest.raises(AttributeError, match="model.raw_model.generate or model.average_model.gen"):
+        model.generate(["a"])
+    for using in ("average", "raw", "ensemble"):
+        assert model.predict(SENTENCES, using=using, verbose=0).shape == (4, 6, 20)
+    # What was compiled to generate reads the weights that training changes.
+    model.fit(SENTENCES, batch_size=2, shuffle=False, verbose=0)
+    bare.set_weights(model.average_model.get_weights())
+    assert generate(model.average_model) == generate(bare)
+
+
+def change(mode):
+    """Makes a classifier whose backbone has LoRA, or is quantized, or both."""
+    keras.utils.set_random_seed(0)
+    model = make_text_classifier()
+    if mode != "lora":
+        model.backbone.quantize(mode.removesuffix("+lora"))
+    if mode.endswith("lora"):
+        model.backbone.enable_lora(2)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("cloned", ["copied", "clone_function"])
+@pytest.mark.parametrize("mode", ["lora", "int8", "int4", "float8", "int8+lora"])
+def test_a_backbone_changed_before_wrapping_is_averaged_and_loads(mode, cloned, tmp_path):
+    def make():
+        return change(mode)
+
+    def wrap():
+        model = PolyakModel(make(), RULE, clone_function=make if cloned != "copied" else None)
+        model.compile(keras.optimizers.SGD(0.1), LOSS)
+        return model
+
+    def check(loaded):
+        for using in ("average", "raw"):
+            expected, received = (
+                each.predict(CLASSIFIER.x, using=using, verbose=0) for each in (model, loaded)
+            )
+            # Keras merges LoRA into the weights that it saves.
+            np.testing.assert_allclose(received, expected, rtol=0, atol=1e-7)
+
+    model = wrap()
+    model.fit(CLASSIFIER.x, CLASSIFIER.y, batch_size=4, shuffle=False, verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh = wrap()
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    check(fresh)
+    if cloned == "copied":
+        model.save(tmp_path / "model.keras")
+        check(keras.models.load_model(tmp_path / "model.keras", compile=False))

@@ -14,6 +14,8 @@ import contextlib
 
 import tensorflow as tf
 
+from polyak_model.backend.common import may_be_exported
+
 try:
     from tensorflow.python.framework.auto_control_deps import register_acd_resource_resolver
 except ImportError:
@@ -29,7 +31,7 @@ def pack(handles):
     Args:
         handles: List of handles of variables on one device.
     """
-    if not ENABLED:
+    if not _packs():
         return handles
     with tf.init_scope():
         packed = tf.stack(handles)
@@ -43,7 +45,12 @@ def unpack(tensors):
     Args:
         tensors: List of what `pack` returned.
     """
-    return tf.unstack(tensors[0]) if ENABLED else tensors
+    return tf.unstack(tensors[0]) if _packs() else tensors
+
+
+def _packs():
+    # A SavedModel may refer to variables, not to tensors of their handles.
+    return ENABLED and not may_be_exported()
 
 
 def _resolve_packed_handles(operation, reads, writes):
