@@ -24,7 +24,10 @@ class RawAttributes(keras.Model):
 
     def __getattr__(self, name):
         # Called only where the wrapper itself has no such attribute.
-        raw = vars(self).get("raw_model")
+        own = _own_attributes(self)
+        if name in own:
+            return own[name]
+        raw = own.get("raw_model")
         missing = f"'{type(self).__name__}' object has no attribute '{name}'"
         if raw is None or name.startswith("_") or not hasattr(raw, name):
             raise AttributeError(missing)
@@ -43,8 +46,13 @@ class RawAttributes(keras.Model):
                 f"`{name}` cannot be changed after a model was wrapped. Received: "
                 f"{name}={value!r}. {_FIXED[name]}"
             )
-        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        own = name.startswith("_") or name in _own_attributes(self) or hasattr(type(self), name)
         if wrapped and not own and hasattr(self.raw_model, name):
             setattr(self.raw_model, name, value)
         else:
             super().__setattr__(name, value)
+
+
+def _own_attributes(model):
+    # PyTorch keeps the layers among them in a dict.
+    return vars(model) | vars(model).get("_modules", {})

@@ -276,8 +276,13 @@ def test_law_6_save_load_continue_gives_what_never_stopping_gives(batches, tmp_p
         inner = compile_classifier(make_classifier())
         return PolyakModel(inner, closed_forms.RULES["late-and-rare"], compensated=True)
 
+    # On PyTorch, dropout without a seed draws from a global generator.
+    seeds = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: keras.utils.set_random_seed(0)
+    )
+
     def fit(model):
-        model.fit(*batches, batch_size=16, shuffle=False, verbose=0)
+        model.fit(*batches, batch_size=16, shuffle=False, verbose=0, callbacks=[seeds])
         return model
 
     never_stopped = fit(make())
@@ -362,7 +367,7 @@ def test_law_8_integers_and_booleans_are_copied_and_seeds_left_alone(mode, batch
     assert int(raw.calls) == int(average.calls) == 48
     assert raw.seen.numpy()
     assert average.seen.numpy()
-    assert float(raw.scale) != float(average.scale)
+    assert raw.scale.numpy() != average.scale.numpy()
     np.testing.assert_array_equal(average.noise.state.numpy(), seed)
     assert not np.array_equal(raw.noise.state.numpy(), seed)
 
@@ -376,7 +381,7 @@ def test_law_9_before_the_first_step_the_average_predicts_what_the_raw_model_doe
     expected = inner.predict(x, verbose=0)
     model = PolyakModel(inner)
     np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
-    np.testing.assert_array_equal(model(x), inner(x))
+    np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (model(x), inner(x))))
 
 
 @FITTED

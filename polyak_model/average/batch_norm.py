@@ -186,7 +186,7 @@ class Pool:
         """
         before = ops.convert_to_tensor(self.count)
         total = before + count
-        share = ops.divide_no_nan(count, total)
+        share = _divided(count, total)
         away = mean - self.mean
         self._squares.assign_add(count * variance + before * share * away**2)
         self.mean.assign_add(share * away)
@@ -194,7 +194,7 @@ class Pool:
 
     def variance(self):
         """Returns the variance of everything added."""
-        return ops.divide_no_nan(ops.convert_to_tensor(self._squares), self.count)
+        return _divided(ops.convert_to_tensor(self._squares), self.count)
 
     def seen(self):
         """Returns whether anything was added."""
@@ -233,10 +233,15 @@ def moments(inputs, axis, mask=None):
     if mask is not None:
         counted = counted & ops.cast(ops.expand_dims(mask, -1), "bool")
     count = ops.sum(ops.cast(counted, "float64"), others, keepdims=True)
-    mean = ops.divide_no_nan(ops.sum(ops.where(counted, x, 0.0), others, keepdims=True), count)
+    mean = _divided(ops.sum(ops.where(counted, x, 0.0), others, keepdims=True), count)
     squares = ops.sum(ops.where(counted, x - mean, 0.0) ** 2, others, keepdims=True)
-    variance = ops.divide_no_nan(squares, count)
+    variance = _divided(squares, count)
     return tuple(ops.reshape(value, [-1]) for value in (count, mean, variance))
+
+
+def _divided(total, count):
+    # On PyTorch, `ops.divide_no_nan` rounds to float32.
+    return total / ops.where(ops.convert_to_tensor(count) > 0, count, 1.0)
 
 
 @contextlib.contextmanager

@@ -88,8 +88,10 @@ class Pairing:
         Outside training steps each replica mirrors its own raw weights without
         waiting for the others. Hence averages are reduced here, too.
         """
+        if backend.replicas() == 1:
+            return self
         differing = [pair for pair in self.pairs if _may_differ_between_replicas(pair)]
-        if not differing or backend.replicas() == 1:
+        if not differing:
             return self
         averages, raw = zip(*((pair.average, pair.raw) for pair in differing), strict=True)
         values = backend.synchronize([*averages, *raw])

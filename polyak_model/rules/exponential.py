@@ -130,7 +130,8 @@ class ExponentialAverage(Rule):
         if self.warmup:
             n = t / k - 1
             log_ramp = xp.log1p(-9 / (10 + n))
-            return -xp.expm1(k * xp.minimum(float64(self._log_decay, xp), log_ramp))
+            log_decay = float64(self._log_decay, xp)
+            return -xp.expm1(k * xp.where(log_decay < log_ramp, log_decay, log_ramp))
         share = -xp.expm1(float64(k * self._log_decay, xp))
         if self.debias:
             return share / -xp.expm1(t * self._log_decay)

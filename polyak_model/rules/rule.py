@@ -88,7 +88,8 @@ class Rule(metaclass=_ImmutableType):
         t = float64(step, xp) - float(self.start_step)
         k = float(stride)
         with np.errstate(divide="ignore"):
-            share = self._share(xp.maximum(t, k), k, xp)
+            # Where Keras takes the maximum, it may round to float32.
+            share = self._share(xp.where(t < k, k, t), k, xp)
         weight = xp.where(t <= 0, 1.0, share)
         return float(weight) if isinstance(step, numbers.Integral) else weight
 

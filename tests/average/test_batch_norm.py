@@ -21,7 +21,7 @@ def draw(*shape, seed=0):
 
 def wide(array):
     """Returns float64, in which the oracles compute."""
-    return np.asarray(array, "float64")
+    return keras.ops.convert_to_numpy(array).astype("float64")
 
 
 def norms(model):
@@ -90,7 +90,6 @@ class OwnNormalization(layers.BatchNormalization):
 
 KINDS = {
     "nested": make_nested,
-    "synchronized": lambda: layers.BatchNormalization(synchronized=True),
     "bare of scale and centre": lambda: layers.BatchNormalization(center=False, scale=False),
     "subclass": OwnNormalization,
     "mixed precision": lambda: layers.BatchNormalization(dtype="mixed_float16"),
@@ -344,6 +343,7 @@ def test_an_average_that_has_not_begun_is_refused():
         model.refresh_statistics(draw(4, 6))
 
 
+@pytest.mark.tensorflow
 def test_under_a_strategy_every_replica_gets_the_statistics(strategy, batches):
     with strategy.scope():
         model = trained(batches, UniformAverage())

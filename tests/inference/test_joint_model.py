@@ -76,6 +76,7 @@ class Counting(keras.layers.Layer):
         return inputs
 
 
+@pytest.mark.tensorflow
 def test_three_routes_take_two_forward_passes_per_batch(batches):
     inner = keras.Sequential(
         [keras.Input((6,)), Counting(), keras.layers.Dense(3, activation="softmax")]
