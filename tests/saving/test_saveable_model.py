@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from frameworks import BACKEND
 from keras import layers
 from models import assert_identical, compile_classifier, make_classifier
 
@@ -239,7 +240,9 @@ def test_a_model_whose_class_was_renamed_loads_whole(skip_mismatch, tmp_path):
     assert_identical(loaded.get_weights(), model.get_weights())
 
 
-@pytest.mark.parametrize("policy", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "policy", ["float32", pytest.param("bfloat16", marks=pytest.mark.tensorflow)]
+)
 def test_what_is_skipped_in_the_raw_model_is_skipped_in_its_averages(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
 
@@ -265,6 +268,8 @@ def test_what_is_skipped_in_the_raw_model_is_skipped_in_its_averages(policy, tmp
 
 
 PRECISIONS = ["float32", "float64", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]
+if BACKEND == "jax":
+    PRECISIONS.remove("float64")  # It has 32 bits unless told otherwise.
 
 
 @pytest.mark.parametrize("saved", PRECISIONS)

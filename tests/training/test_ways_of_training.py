@@ -7,6 +7,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
+from frameworks import BACKEND
 from models import (
     CROSSENTROPY,
     assert_identical,
@@ -223,7 +224,9 @@ def test_every_kind_of_data_is_evaluated_and_predicted_through_every_route(data,
     for route, member in (("raw", model.raw_model), ("average", model.average_model)):
         alone.set_weights(member.get_weights())
         expected = alone.evaluate(**for_evaluate(data(weighted)))
-        assert model.evaluate(**for_evaluate(data(weighted)), using=route) == expected
+        received = model.evaluate(**for_evaluate(data(weighted)), using=route)
+        # XLA, which always compiles on JAX, fuses the two otherwise.
+        assert received == pytest.approx(expected, rel=1e-6 if BACKEND == "jax" else 0, abs=0)
         predictions[route] = alone.predict(**for_predict(data(weighted)))
         received = model.predict(**for_predict(data(weighted)), using=route)
         np.testing.assert_array_equal(received, predictions[route])
@@ -236,7 +239,8 @@ def test_every_kind_of_data_is_evaluated_and_predicted_through_every_route(data,
 def test_the_ensemble_scores_alike_on_every_kind_of_data(weighted):
     model = make_averaged()
     expected = model.evaluate(**for_evaluate(as_arrays(weighted)), using="ensemble")
-    for kind in DATA.keys() - {"arrays", "repeated-tf.data"}:  # The latter shows fewer batches.
+    kinds = DATA.keys() - {"arrays", "repeated-tf.data"}  # The latter shows fewer batches.
+    for kind in kinds if BACKEND == "tensorflow" else kinds - {"tf.data"}:
         received = model.evaluate(**for_evaluate(DATA[kind](weighted)), using="ensemble")
         assert received == pytest.approx(expected, rel=1e-5)
 

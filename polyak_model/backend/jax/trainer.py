@@ -42,6 +42,10 @@ class TrainingStep:
         with _as_a_new_function(self, "train_step"):
             super().make_train_function(force)
 
+    def _purge_model_variables(self, **groups):
+        # Emptied, variables would stay so if the first step fails. A step frees what it is given.
+        pass
+
 
 class EvaluationStep:
     def test_step(self, state, data):
