@@ -251,6 +251,7 @@ def test_law_5_one_long_fit_gives_what_several_short_ones_give(rule, batches):
     assert_identical(models[0].average_model.get_weights(), models[1].average_model.get_weights())
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras takes one step per execution on PyTorch")
 def test_law_5_several_steps_per_execution_give_what_single_ones_give(batches):
     models = []
     for steps in (1, 4):
@@ -276,13 +277,8 @@ def test_law_6_save_load_continue_gives_what_never_stopping_gives(batches, tmp_p
         inner = compile_classifier(make_classifier())
         return PolyakModel(inner, closed_forms.RULES["late-and-rare"], compensated=True)
 
-    # On PyTorch, dropout without a seed draws from a global generator.
-    seeds = keras.callbacks.LambdaCallback(
-        on_train_begin=lambda logs: keras.utils.set_random_seed(0)
-    )
-
     def fit(model):
-        model.fit(*batches, batch_size=16, shuffle=False, verbose=0, callbacks=[seeds])
+        model.fit(*batches, batch_size=16, shuffle=False, verbose=0)
         return model
 
     never_stopped = fit(make())
