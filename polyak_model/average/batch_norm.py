@@ -241,7 +241,8 @@ def moments(inputs, axis, mask=None):
 
 def _divided(total, count):
     # On PyTorch, `ops.divide_no_nan` rounds to float32.
-    return total / ops.where(ops.convert_to_tensor(count) > 0, count, 1.0)
+    count = ops.convert_to_tensor(count)
+    return total / ops.where(count > 0, count, 1.0)
 
 
 @contextlib.contextmanager
