@@ -72,8 +72,8 @@ def _load_beside(average, store, names, described):
             is_exact = _is_rounded(value, p.average, described["weights"][index][2])
         if value is not None and is_exact:
             backend.assign([(p.target, value), (p.average, value)])
-        elif p.master is not None:
-            p.master.assign(p.average)
+        elif p.master is not None and not _is_rounded(p.master, p.average, p.average.dtype):
+            p.master.assign(p.average)  # Where loading was skipped, it stays.
         if is_exact and residual in names:
             p.residual.assign(store[residual])
         else:

@@ -205,8 +205,8 @@ def check_format(number, version="of a later date"):
     if number > FORMAT:
         raise ValueError(
             f"The file has format {number}, written by polyak_model {version}; expected at most "
-            f"{FORMAT}, the format of polyak_model {polyak_model.__version__}. Upgrade with "
-            "pip install --upgrade polyak_model"
+            f"{FORMAT}, the format of polyak_model {polyak_model.__version__}. Install "
+            "that version or a newer one."
         )
 
 

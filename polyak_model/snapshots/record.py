@@ -136,7 +136,7 @@ def read_record(weights):
         raise refusal(
             weights.path,
             f"polyak_model {version} wrote it in format {number}, newer than {FORMAT}",
-            "Upgrade with pip install --upgrade polyak_model",
+            "Install that version or a newer one",
         )
     averages = _get(contents, AVERAGES, dict, weights)
     for each in averages.values():
