@@ -344,7 +344,7 @@ def test_a_lazily_built_model_is_saved(fit, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"contents": "ensemble"}, "`contents` must be one of 'average', 'raw', 'both'"),
+        ({"contents": None}, "`contents` must be 'average', the name of an average, 'raw' or 'bo"),
         ({"filepath": "best.h5"}, "`filepath` must end with '.keras'.*filepath='best.h5'"),
         ({"mode": "least"}, "`mode` must be one of"),
         ({"save_freq": 0}, "`save_freq` counts batches.*at least 1. Received: save_freq=0"),

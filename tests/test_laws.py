@@ -199,7 +199,7 @@ def test_law_3_answering_saving_and_summarising_change_no_weight(mode, batches, 
     model.summary()
     assert_identical(raw, model.raw_model.get_weights())
     assert_identical(average, model.average_model.get_weights())
-    assert "average (Shadow)" in capsys.readouterr().out
+    assert " Average: Exponential" in capsys.readouterr().out
 
 
 # Law 4

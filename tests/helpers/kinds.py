@@ -135,7 +135,7 @@ def check_average(model, iterates):
     expected = closed_forms.average(RULE, iterates[0], iterates)
     moved = False
     for weight, mean, last in zip(weights, expected, iterates[-1], strict=True):
-        received = weight.numpy()
+        received = keras.ops.convert_to_numpy(weight)
         if keras.backend.is_float_dtype(weight.dtype):
             ulps = 4 * np.finfo(weight.dtype).eps * np.abs(mean).max(initial=0)
             np.testing.assert_allclose(received, mean, rtol=0, atol=ulps, err_msg=weight.path)

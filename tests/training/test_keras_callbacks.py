@@ -168,7 +168,7 @@ def make_wrapped(dropout=0.3):
             keras.Input((6,)),
             layers.Dense(5, activation="relu"),
             layers.BatchNormalization(momentum=0.9),
-            layers.Dropout(dropout),
+            layers.Dropout(dropout, seed=1),
             layers.Dense(3, activation="softmax"),
         ]
     )

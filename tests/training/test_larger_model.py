@@ -18,7 +18,7 @@ def make_part():
             keras.Input((6,)),
             layers.Dense(5, activation="relu", kernel_regularizer="l2"),
             layers.BatchNormalization(momentum=0.9),
-            layers.Dropout(0.3),
+            layers.Dropout(0.3, seed=1),  # PyTorch draws the others from a global generator.
             layers.Dense(4, activity_regularizer="l2"),
         ]
     )
@@ -60,7 +60,7 @@ class Subclassed(keras.Model):
         return cls(keras.saving.deserialize_keras_object(config["part"]))
 
 
-OTHER_MODES = ({"run_eagerly": True}, {"jit_compile": True})
+OTHER_MODES = ({"run_eagerly": True}, *([{"jit_compile": True}] if BACKEND != "torch" else []))
 
 
 class PartRecorder(Recorder):
@@ -165,7 +165,10 @@ def test_outside_training_the_route_answers_and_no_step_is_taken(batches):
             part.inference = route
             whole.make_predict_function(force=True)
             np.testing.assert_allclose(
-                whole.predict(x, verbose=0), head(answer(x, training=False)), rtol=1e-5, atol=1e-6
+                whole.predict(x, verbose=0),
+                keras.ops.convert_to_numpy(head(answer(x, training=False))),
+                rtol=1e-5,
+                atol=1e-6,
             )
             whole.evaluate(x, y, verbose=0)
     assert part.average_step == 16
@@ -200,7 +203,9 @@ def test_the_average_adds_no_losses_to_the_larger_model(batches):
     whole = twice(part)
     whole(x, training=False)
     penalty = keras.regularizers.L2()(part.raw_model.layers[0].kernel)
-    assert [float(loss) for loss in whole.losses] == [float(penalty)]
+    assert list(map(keras.ops.convert_to_numpy, whole.losses)) == [
+        keras.ops.convert_to_numpy(penalty)
+    ]
     whole(x, training=True)
     assert len(whole.losses) == 3
 

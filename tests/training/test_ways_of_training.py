@@ -225,8 +225,9 @@ def test_every_kind_of_data_is_evaluated_and_predicted_through_every_route(data,
         alone.set_weights(member.get_weights())
         expected = alone.evaluate(**for_evaluate(data(weighted)))
         received = model.evaluate(**for_evaluate(data(weighted)), using=route)
-        # XLA, which always compiles on JAX, fuses the two otherwise.
-        assert received == pytest.approx(expected, rel=1e-6 if BACKEND == "jax" else 0, abs=0)
+        # Two runs of one bare model may differ by a rounding on the other backends.
+        exact = BACKEND == "tensorflow"
+        assert received == pytest.approx(expected, rel=0 if exact else 1e-6, abs=0)
         predictions[route] = alone.predict(**for_predict(data(weighted)))
         received = model.predict(**for_predict(data(weighted)), using=route)
         np.testing.assert_array_equal(received, predictions[route])
