@@ -49,6 +49,11 @@ class KerasProtocols(keras.Model):
             self.raw_model.build_from_config(config)
             self._start_if_built()
 
+    @property
+    def layers(self):
+        """The layers of the raw model, which tools read and `get_layer` finds."""
+        return self.raw_model.layers
+
     def count_params(self):
         """Returns the number of weights of the raw model and of its averages."""
         self._check_built("count_params")

@@ -57,6 +57,23 @@ def average_group(name):
     return f"{AVERAGES}/{name}"
 
 
+def layer_groups_of_format_1(kind):
+    """Returns the groups of the raw model and of the state in a file of format 1.
+
+    Args:
+        kind: Name of the class of the raw model.
+
+    Example:
+
+    >>> layer_groups_of_format_1("DenseNet")
+    ('layers/dense_net', 'layers/shadow')
+    """
+    # As Keras does it.
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", kind))
+    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+    return f"{LAYERS_1}/{name}", f"{LAYERS_1}/shadow{'_1' * (name == 'shadow')}"
+
+
 def origin_name(average):
     """Returns the name of the origin of an average in the state group."""
     return f"{average}.origin"

@@ -76,7 +76,9 @@ class SaveableModel(keras.Model):
     def load_own_variables(self, store):
         _visited.set((self, ()))  # Nothing is loaded if this fails.
         if layout.DESCRIPTION not in set(store.keys()):
-            _visited.set((self, [layout.AVERAGE_1, layout.LAYERS_1]))
+            groups = layout.layer_groups_of_format_1(type(self.raw_model).__name__)
+            self.__dict__.update(zip(groups, (self.raw_model, self.shadow), strict=True))
+            _visited.set((self, [layout.AVERAGE_1, *groups]))
             return
         described = layout.decode(store[layout.DESCRIPTION])
         layout.check_names(described, list(self.shadow.averages))

@@ -198,3 +198,10 @@ def test_a_raw_model_that_outlives_its_wrapper_is_quantized():
     gc.collect()
     raw.quantize("int8")
     assert "int8" in [weight.dtype for weight in raw.weights]
+
+
+def test_its_layers_are_those_of_the_raw_model():
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="first")])
+    model = PolyakModel(inner)
+    assert model.layers == inner.layers
+    assert model.get_layer("first") is inner.get_layer("first")
