@@ -99,7 +99,7 @@ class Centre(layers.Layer):
     def build(self, input_shape):
         shape = input_shape[-1:]
         self.mean = self.add_weight(shape=shape, initializer="zeros", trainable=False)
-        self.count = self.add_weight(shape=(), dtype="int64", initializer="zeros", trainable=False)
+        self.count = self.add_weight(shape=(), dtype="int", initializer="zeros", trainable=False)
         self.seen = self.add_weight(shape=(), dtype="bool", initializer="zeros", trainable=False)
 
     def call(self, inputs, training=None):

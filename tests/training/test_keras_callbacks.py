@@ -135,7 +135,7 @@ def test_training_stops_at_the_batch_with_a_nan_loss_as_on_the_bare_model(batche
 def test_early_stopping_among_others_restores_the_best_weights(order, batches, tmp_path):
     model = PolyakModel(compile_classifier(make_classifier(), keras.optimizers.SGD(0.5)), 0.5)
     listed = [
-        callbacks.EarlyStopping(patience=2, restore_best_weights=True),
+        callbacks.EarlyStopping(patience=0, restore_best_weights=True),
         callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
         callbacks.ReduceLROnPlateau(patience=1),
         callbacks.CSVLogger(tmp_path / "log.csv"),
