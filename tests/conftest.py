@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -114,6 +115,8 @@ def pytest_ignore_collect(collection_path, config):
         ignored = name.endswith(".py") and name not in run
     else:
         ignored = marker == "quick" and name in NEVER_QUICK
+    of = re.match(r"test_(jax|torch)", name)
+    ignored = ignored or (of is not None and of[1] != BACKEND)
     return ignored or None  # None leaves the decision to pytest.
 
 

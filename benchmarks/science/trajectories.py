@@ -55,7 +55,7 @@ def trajectories(take_step, start, rules, steps, every, label=None):
             iterate.assign(take_step(iterate.value(), first + tf.cast(i, "int64")))
             for j, average in enumerate(averages):
                 pair = types.SimpleNamespace(target=average, raw=iterate, residual=None)
-                backend.update([pair], schedule[i, j])
+                backend.update([([pair], schedule[i, j])])
 
     schedule = np.stack([weights(rule, steps) for rule in rules], axis=1)
     descend = descend.get_concrete_function(

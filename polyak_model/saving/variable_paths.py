@@ -29,7 +29,7 @@ def find_saved_values(model):
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="dense")])
     >>> values, groups = find_saved_values(model)
     >>> {path: variable.name for path, variable in values.items()}
     {'layers/dense/vars/0': 'kernel', 'layers/dense/vars/1': 'bias'}

@@ -31,7 +31,7 @@ def run(compiler, compensated):
 
     def several_updates():
         for _ in range(10):
-            backend.update([pair], tf.constant(weight))
+            backend.update([([pair], tf.constant(weight))])
 
     compiled = COMPILERS[compiler](several_updates)
     for _ in range(UPDATES // 10):

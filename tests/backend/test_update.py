@@ -58,7 +58,7 @@ def compiler(request, monkeypatch):
 def plain(compiler):
     """Updates an average of four values."""
     pair = a, w, _ = Pair(*variables(np.zeros(4), np.zeros(4)))
-    update = compiler(lambda weight: backend.update([pair], weight))
+    update = compiler(lambda weight: backend.update([([pair], weight)]))
 
     def updated(average, iterate, weight):
         a.assign(np.array(average, "float32"))
@@ -73,7 +73,7 @@ def plain(compiler):
 def compensated(compiler):
     """Updates an average and its residual."""
     pair = a, w, r = Pair(*variables(*[np.zeros(4)] * 3))
-    update = compiler(lambda weight: backend.update([pair], weight))
+    update = compiler(lambda weight: backend.update([([pair], weight)]))
 
     def updated(average, iterate, residual, weight):
         a.assign(np.array(average, "float32"))
@@ -145,7 +145,7 @@ def test_an_iterate_that_is_not_finite_does_not_stop_the_other_averages(bad, com
     monkeypatch.setattr(updates, "TOGETHER", 4)
     monkeypatch.setattr(updates, "FEW", max(updates.FEW, 2))
     pairs = [Pair(*variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0])) for n in range(5)]
-    compiler(lambda: backend.update(pairs, tf.constant(0.25, "float64")))()
+    compiler(lambda: backend.update([(pairs, tf.constant(0.25, "float64"))]))()
     moved = [a.numpy().tolist() for a, *_ in pairs]
     assert moved == [[1.5, 1.0 if n == 2 else 1.5] for n in range(5)]
 
@@ -176,7 +176,7 @@ def test_an_average_of_finite_iterates_is_finite_though_their_difference_overflo
 @pytest.mark.parametrize("bad", [LARGEST, 3e38])
 def test_large_iterates_of_opposite_signs_do_not_hide_each_other(bad, compiler):
     pairs = [Pair(*variables([-sign * bad], [sign * bad])) for sign in (1, -1)]
-    compiler(lambda: backend.update(pairs, tf.constant(0.25, "float64")))()
+    compiler(lambda: backend.update([(pairs, tf.constant(0.25, "float64"))]))()
     np.testing.assert_allclose([a.numpy()[0] for a, *_ in pairs], [-bad / 2, bad / 2], rtol=3e-7)
 
 
@@ -191,12 +191,12 @@ def test_operations_after_an_update_see_it(compiler):
 
     def twice():
         before = a + 0.0
-        backend.update([Pair(a, w)], tf.constant(0.5, "float64"))
+        backend.update([([Pair(a, w)], tf.constant(0.5, "float64"))])
         between = a + 0.0
         w.assign(between + 4.0)
-        backend.update([Pair(a, w)], tf.constant(0.5, "float64"))
+        backend.update([([Pair(a, w)], tf.constant(0.5, "float64"))])
         after = a + 0.0
-        backend.update([Pair(a, w)], tf.constant(1.0, "float64"))
+        backend.update([([Pair(a, w)], tf.constant(1.0, "float64"))])
         return before, between, after, a + 0.0
 
     np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
@@ -221,7 +221,7 @@ def test_averages_of_several_shapes_and_dtypes_are_updated(compiler, monkeypatch
         for shape in ((), (2,), (3,), (2, 3))
         for dtype in ("float32", "float64")
     ]
-    compiler(lambda: backend.update(pairs, tf.constant(0.25, "float64")))()
+    compiler(lambda: backend.update([(pairs, tf.constant(0.25, "float64"))]))()
     for a, *_ in pairs:
         np.testing.assert_array_equal(a.numpy(), np.full(a.shape, 0.25))
 
@@ -231,7 +231,7 @@ def test_groups_of_small_averages_are_smaller_and_checked_separately(size, branc
     monkeypatch.setattr(updates, "FEW", 2)
     pairs = [Pair(*variables(np.zeros(size), np.ones(size))) for _ in range(5)]
     weight = tf.constant(0.25, "float64")
-    graph = tf.function(lambda: backend.update(pairs, weight)).get_concrete_function().graph
+    graph = tf.function(lambda: backend.update([(pairs, weight)])).get_concrete_function().graph
     operations = collections.Counter(operation.type for operation in graph.get_operations())
     assert operations["If"] == branches
     assert operations["L2Loss"] == (0 if size == 1 else 5)
@@ -254,7 +254,7 @@ def test_the_thresholds_that_ship_are_all_reached_by_the_net_of_every_size(monke
 def test_an_average_is_updated_in_its_own_dtype(compiler, iterate_dtype):
     a = keras.Variable([1.0, 2.0], dtype="float32")
     w = keras.Variable([1.5, 8.0], dtype=iterate_dtype)
-    compiler(lambda: backend.update([Pair(a, w)], tf.constant(2**-12, "float64")))()
+    compiler(lambda: backend.update([([Pair(a, w)], tf.constant(2**-12, "float64"))]))()
     np.testing.assert_array_equal(a.numpy(), np.float32([1 + 2**-13, 2 + 6 * 2**-12]))
 
 
@@ -289,7 +289,7 @@ def test_variables_of_equal_shape_share_one_compiled_function(monkeypatch):
     kernels.traced.cache_clear()
     pairs = [Pair(*variables(np.zeros((2, 3)), np.ones((2, 3)))) for _ in range(4)]
     for _ in range(2):
-        tf.function(lambda: backend.update(pairs, tf.constant(0.5, "float64")))()
+        tf.function(lambda: backend.update([(pairs, tf.constant(0.5, "float64"))]))()
     assert kernels.traced.cache_info().currsize == 1
     assert all(a.numpy().tolist() == [[0.75] * 3] * 2 for a, *_ in pairs)
 
@@ -304,7 +304,7 @@ def test_without_xla_large_averages_are_updated_by_single_operations(monkeypatch
         patch.setattr(tf, "function", function)
         assert not kernels.xla_works()
         a, w = variables([1.0], [2.0])
-        backend.update([Pair(a, w)], tf.constant(0.5, "float64"))
+        backend.update([([Pair(a, w)], tf.constant(0.5, "float64"))])
     kernels.xla_works.cache_clear()
     assert kernels.xla_works()
     assert a.numpy() == 1.5

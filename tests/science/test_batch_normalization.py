@@ -23,6 +23,7 @@ def test_copying_statistics_at_the_end_is_what_copying_them_all_along_comes_to(b
     assert_identical(copied.average_model.get_weights(), averaged.average_model.get_weights())
 
 
+@pytest.mark.filterwarnings("ignore:The average 'average' remembers")  # Which is the point.
 @pytest.mark.parametrize(("batch_size", "epochs"), [(4, 3), (128, 1)])
 def test_a_uniform_average_at_a_large_rate_needs_statistics_of_its_own(batch_size, epochs):
     options = argparse.Namespace(images=None, epochs=epochs, learning_rate=0.5)
