@@ -1,7 +1,6 @@
 """Training that is killed resumes from its backup as if it had never been interrupted."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -22,9 +21,8 @@ WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "kill_worker.py"
 def test_training_killed_ten_times_ends_like_uninterrupted_training(tmp_path):
     subprocess.run([sys.executable, WORKER, tmp_path, "10", "0"], check=True, capture_output=True)
     expected = np.load(tmp_path / "whole" / "state.npz")
-    # Off TensorFlow, scores of one model may differ by a rounding.
-    rounding = 0 if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow" else 1e-6
-    assert float(expected["best"]) == pytest.approx(float(expected["scored"]), rel=rounding, abs=0)
+    # `fit` and `evaluate` compute the score in different programs, which may round differently.
+    assert float(expected["best"]) == pytest.approx(float(expected["scored"]), rel=1e-6, abs=0)
     for folder in tmp_path.glob("[0-9]*"):
         received = np.load(folder / "state.npz")
         assert sorted(received.files) == sorted(expected.files)

@@ -189,7 +189,8 @@ def change(mode):
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 @pytest.mark.parametrize("cloned", ["copied", "clone_function"])
-@pytest.mark.parametrize("mode", ["lora", "int8", "int4", "float8", "int8+lora"])
+# The embeddings of recent versions of KerasHub have no float8.
+@pytest.mark.parametrize("mode", ["lora", "int8", "int4", "int8+lora"])
 def test_a_backbone_changed_before_wrapping_is_averaged_and_loads(mode, cloned, tmp_path):
     def make():
         return change(mode)

@@ -29,6 +29,7 @@ def fit(model, *callbacks, **settings):
 # KerasTuner
 
 
+@pytest.mark.slow
 # KerasTuner itself calls methods that Python has renamed.
 @pytest.mark.filterwarnings(r"ignore:(currentThread|getName)\(\) is:DeprecationWarning")
 def test_keras_tuner_finds_the_best_average_and_loads_it(tmp_path):
