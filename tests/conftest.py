@@ -108,6 +108,20 @@ QUICK_RULES = [closed_forms.RULES[name] for name in ("debiased", "late-and-rare"
 collect_ignore = ["helpers"]
 
 
+class _NoDoctests:
+    """A plugin: the laws of all backends are in this folder alone."""
+
+    def pytest_ignore_collect(self, collection_path):
+        is_module = collection_path.suffix == ".py"
+        return (is_module and not collection_path.is_relative_to(TESTS)) or None
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "backends":
+        # As a plugin it acts on other folders, too, whose modules need packages of the commands.
+        config.pluginmanager.register(_NoDoctests())
+
+
 def pytest_ignore_collect(collection_path, config):
     name, marker = collection_path.name, config.option.markexpr
     if marker == "backends":
