@@ -88,7 +88,9 @@ def _is_known_class(module, name):
     # Keras accepts a function of that name in place of a class.
     if not isinstance(module, str) or not isinstance(name, str) or not name[:1].isupper():
         return False
-    home = module.removeprefix("keras.src.").removeprefix("keras.").partition(".")[0]
+    # Of its optimizers on PyTorch, Keras writes the private module.
+    inner = module.removeprefix("keras.src.backend.torch.").removeprefix("keras.src.")
+    home = inner.removeprefix("keras.").partition(".")[0]
     return module == "keras" or (module.startswith("keras.") and home in _MODULES)
 
 

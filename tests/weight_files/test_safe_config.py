@@ -25,6 +25,11 @@ def make_function(module, name):
         {"module": "keras.optimizers.schedules", "class_name": "CosineDecay", "config": {}},
         {"module": "keras.src.models.functional", "class_name": "Functional", "config": {}},
         {"module": "keras.src.ops.numpy", "class_name": "Add", "config": {}},
+        {
+            "module": "keras.src.backend.torch.optimizers.torch_sgd",
+            "class_name": "SGD",
+            "config": {},
+        },
         {"class_name": "__keras_tensor__", "config": {"shape": [None, 3]}},
         make_function("builtins", "tanh"),
         make_function("keras.activations", "tanh"),
@@ -48,6 +53,10 @@ def test_objects_of_keras_are_accepted(config):
         ({"module": "keras.layersx", "class_name": "Dense", "config": {}}, "'keras.layersx'"),
         ({"module": "keras.utils", "class_name": "FeatureSpace", "config": {}}, "'keras.utils'"),
         ({"module": "keras.src.saving", "class_name": "Any", "config": {}}, "'keras.src.saving'"),
+        (
+            {"module": "keras.src.backend.torch", "class_name": "Any", "config": {}},
+            "of 'keras.src.b",
+        ),
         ({"module": "keras.models", "class_name": "load_model", "config": {}}, "'load_model'"),
         ({"module": None, "class_name": "MyLayer", "config": {}}, "needs 'MyLayer', which"),
         ({"class_name": "__typespec__", "config": []}, "'__typespec__'"),
