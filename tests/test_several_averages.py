@@ -4,7 +4,7 @@ import closed_forms
 import keras
 import numpy as np
 import pytest
-from models import CROSSENTROPY, assert_identical, compile_classifier, make_classifier
+from models import CROSSENTROPY, assert_close, assert_identical, compile_classifier, make_classifier
 
 from polyak_model import AverageCheckpoint, ExponentialAverage, PolyakModel, PowerAverage
 
@@ -79,8 +79,7 @@ def test_each_average_equals_its_closed_form_in_a_loop_of_ones_own():
         model.update_average()
     for name, rule in rules.items():
         expected = closed_forms.average(rule, start, iterates)
-        for average, exact in zip(model.average_models[name].get_weights(), expected, strict=True):
-            np.testing.assert_allclose(average, exact, rtol=1e-5, atol=1e-6)
+        assert_close(expected, model.average_models[name].get_weights(), ulps=4)
 
 
 def test_the_first_average_is_the_default_and_is_also_called_average(trained):

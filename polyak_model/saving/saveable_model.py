@@ -75,6 +75,7 @@ class SaveableModel(keras.Model):
 
     def load_own_variables(self, store):
         _visited.set((self, ()))  # Nothing is loaded if this fails.
+        self.shadow.described = None
         if layout.DESCRIPTION not in set(store.keys()):
             groups = layout.layer_groups_of_format_1(type(self.raw_model).__name__)
             self.__dict__.update(zip(groups, (self.raw_model, self.shadow), strict=True))

@@ -196,6 +196,39 @@ def test_files_of_every_format_so_far_load(number):
             np.testing.assert_allclose(answer, expected[route], rtol=1e-5)
 
 
+@pytest.mark.parametrize("written", ["tensorflow", "jax", "torch"])
+def test_weights_written_on_any_backend_load_to_the_bit_and_go_on_to_rounding(written):
+    """Each was written on its backend after 6 steps; the arrays end with the averages after 8."""
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    net = [keras.Input((4,)), layers.Dense(8, "tanh"), layers.Dense(1)]
+    model = PolyakModel(keras.Sequential(net), {"a": 0.9, "b": PowerAverage()})
+    model.compile("adam", "mse")
+    model.load_weights(FORMATS / f"from-{written}.weights.h5")
+    expected = list(np.load(FORMATS / f"from-{written}.npz").values())
+    averages = [weight for each in model.average_models.values() for weight in each.weights]
+    loaded = [*model.raw_model.weights, *averages]
+    assert_identical([keras.ops.convert_to_numpy(weight) for weight in loaded], expected[:12])
+    model.fit(x, x[:, :1], shuffle=False, verbose=0)
+    assert model.average_step == 8
+    for average, after in zip(averages, expected[12:], strict=True):
+        received = keras.ops.convert_to_numpy(average)
+        np.testing.assert_allclose(received, after, rtol=0, atol=1e-7)
+
+
+def test_master_copies_residuals_and_seeds_of_format_1_load():
+    """The files were written by version 0.1.0 under the oldest Keras."""
+    net = [keras.Input((2,)), layers.Dense(3, dtype="bfloat16"), layers.Dropout(0.5)]
+    model = PolyakModel(keras.Sequential(net), compensated=True)
+    model.load_weights(FORMATS / "format-1-compensated.weights.h5")
+    state = {}
+    model.shadow.save_own_variables(state)
+    expected = np.load(FORMATS / "format-1-compensated.npz")
+    assert len(expected.files) == 7
+    for name in expected.files:
+        received = keras.ops.convert_to_numpy(state[name])
+        np.testing.assert_array_equal(received, expected[name], err_msg=name)
+
+
 def test_a_sequential_model_that_is_rewritten_as_a_functional_one_loads(tmp_path):
     sequential = make_small()
     sequential.fit(np.ones((8, 2)), np.ones((8, 3)), verbose=0)
