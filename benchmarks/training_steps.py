@@ -94,6 +94,8 @@ def wrapped(average=DECAY, **kwargs):
 VARIANTS = {
     "bare": bare,
     "PolyakModel": wrapped(),
+    "two averages": wrapped({"short": 0.99, "long": DECAY}),
+    "three averages": wrapped({"short": 0.9, "middle": 0.99, "long": DECAY}),
     "compensated": wrapped(compensated=True),
     "update_every=16": wrapped(ExponentialAverage(DECAY, update_every=16)),
     "device=CPU:0": wrapped(device="CPU:0"),

@@ -186,6 +186,36 @@ def test_iterates_whose_squares_overflow_are_averaged_like_others(plain):
     np.testing.assert_array_equal(moved, np.float32([large / 2, large / 2, -large / 2, 0.5]))
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("bad", [1.5, np.nan, 3e38])
+def test_averages_of_one_iterate_are_updated_as_each_would_be_alone(compensated, bad, compiler):
+    rest = [np.full(2, 1e-9)] if compensated else []
+    w = keras.Variable(np.float32([bad, -0.3]))
+    values = [np.array([-bad if np.isfinite(bad) else 1.0, n / 3]) for n in range(3)]
+    weights = tf.Variable(np.zeros(3))
+
+    def make_pairs():
+        for value in values:
+            a, *r = variables(value, *rest)
+            yield Pair(a, w, *r)
+
+    together, alone = list(make_pairs()), list(make_pairs())
+    update_together = compiler(
+        lambda: backend.update([([p], weights[n]) for n, p in enumerate(together)])
+    )
+    update_alone = compiler(
+        lambda: [backend.update([([p], weights[n])]) for n, p in enumerate(alone)]
+    )
+    for each in ([0.3, 0.001, 0.7], [1.0, 0.2, 0.0], [0.3, 1.0, 1.0], [0.6, 0.1, 0.2]):
+        weights.assign(each)
+        update_together()
+        update_alone()
+        for one, other in zip(together, alone, strict=True):
+            for mine, expected in zip(one, other, strict=True):
+                if mine is not None:
+                    np.testing.assert_array_equal(mine.numpy(), expected.numpy())
+
+
 def test_operations_after_an_update_see_it(compiler):
     a, w = variables([1.0, 2.0], [5.0, 6.0])
 
@@ -240,7 +270,7 @@ def test_groups_of_small_averages_are_smaller_and_checked_separately(size, branc
 def test_the_thresholds_that_ship_are_all_reached_by_the_net_of_every_size(monkeypatch):
     paths = []
 
-    def update_group(pairs, weight, check_separately):
+    def update_group(rows, weights, check_separately):
         paths.append("separately" if check_separately else "in one go")
 
     monkeypatch.setattr(updates, "update_group", update_group)

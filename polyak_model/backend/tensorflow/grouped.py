@@ -1,9 +1,10 @@
 """Updates many small averages with few operations.
 
 In a graph with hundreds of small variables, each operation and each captured variable takes longer
-than the arithmetic. So the finiteness of many iterates is checked at once, and each average is
-updated by one operation, `target -= weight * (target - raw)`. That is exact only for a weight
-below 1; for a weight of 1, or an iterate that is not finite, the formula of `kernels` is used.
+than the arithmetic. So the finiteness of many iterates is checked at once, for all averages, and
+each average is updated by one operation, `target -= weight * (target - raw)`. That is exact only
+for a weight below 1; for a weight of 1, or an iterate that is not finite, the formula of `kernels`
+is used.
 """
 
 import collections
@@ -30,49 +31,76 @@ def can_be_grouped(pair):
     )
 
 
-def update_group(pairs, weight, check_separately):
+def update_group(rows, weights, check_separately):
     """Updates averages in place, without compensation.
 
     Args:
-        pairs: List of pairs for which `can_be_grouped` holds.
-        weight: Scalar float64 tensor.
+        rows: List of the pairs of each raw weight, a tuple with one pair for
+            each average, for which `can_be_grouped` holds.
+        weights: Tuple with the weight of each average, scalar float64 tensors.
         check_separately: Bool. Whether to check the iterates in a function of
             its own, which captures fewer variables; or in the current graph,
             while large iterates are still in the cache of the processor.
     """
-    targets = [pair.target.handle for pair in pairs]
-    raw = [pair.raw.handle for pair in pairs]
-    kinds = [(tuple(p.target.shape), p.target.dtype, p.raw.dtype) for p in pairs]
-    packs = [*pack(targets), *pack(raw)]
-    inputs = [weight, *packs]
+    kinds = [(tuple(p.target.shape), p.target.dtype, p.raw.dtype) for p, *_ in rows]
+    raw = pack([pair.raw.handle for pair, *_ in rows])
+    targets = [pack([pair.target.handle for pair in own]) for own in zip(*rows, strict=True)]
+    inputs = [*weights, *raw, *(handle for own in targets for handle in own)]
 
-    def each(packs):
-        half = len(packs) // 2
-        return zip(kinds, unpack(packs[:half]), unpack(packs[half:]), strict=True)
+    def split(inputs):
+        """Returns the weights, the handles of raw weights, and those of each average's targets."""
+        packs, size = inputs[len(weights) :], len(raw)
+        parts = [unpack(packs[first : first + size]) for first in range(0, len(packs), size)]
+        return inputs[: len(weights)], parts[0], parts[1:]
 
-    def subtract(weight, *packs):
-        alphas = {dtype: tf.cast(weight, dtype) for dtype in {dtype for _, dtype, _ in kinds}}
-        for (shape, dtype, raw_dtype), target, raw in each(packs):
-            delta = read(target, shape, dtype) - tf.cast(read(raw, shape, raw_dtype), dtype)
-            tf.raw_ops.ResourceApplyGradientDescent(var=target, alpha=alphas[dtype], delta=delta)
+    def branch(update, averages):
+        def update_all(*inputs):
+            weights, raw, targets = split(inputs)
+            chosen = [targets[i] for i in averages]
+            for kind, w, *own in zip(kinds, raw, *chosen, strict=True):
+                update(kind, [weights[i] for i in averages], w, own)
 
-    def take_care(weight, *packs):
-        for (shape, dtype, raw_dtype), target, raw in each(packs):
-            # This is rarely executed, so trace quickly: once for all shapes.
-            w = read(raw, shape, raw_dtype)
-            traced(updated, 1, None, dtype, raw_dtype)(weight, w, target)
+        return _traced_branch(update_all, inputs)
 
-    def check(weight, *packs):
-        raw = [handle for _, _, handle in each(packs)]
-        _either(_are_moderate(kinds, raw, stacked=True), subtract, take_care, [weight, *packs])
+    def one_by_one(*inputs):
+        # Each average takes the branch that it would take alone, so it is the same to the bit.
+        weights, raw, _ = split(inputs)
+        moderate = _are_moderate(kinds, raw, stacked=True)
+        for i, weight in enumerate(weights):
+            condition = tf.logical_and(moderate, tf.not_equal(weight, 1))
+            _either(condition, branch(_subtract, [i]), branch(_take_care, [i]), inputs)
 
-    subtract, take_care = _traced_branch(subtract, inputs), _traced_branch(take_care, inputs)
-    below_1 = tf.not_equal(weight, 1)
+    every = range(len(weights))
+    subtract = branch(_subtract, every)
+    alone = len(weights) == 1
+    otherwise = branch(_take_care, every) if alone else _traced_branch(one_by_one, inputs)
+
+    def check(*inputs):
+        moderate = _are_moderate(kinds, split(inputs)[1], stacked=True)
+        _either(moderate, subtract, otherwise, inputs)
+
+    below_1 = tf.reduce_all(tf.not_equal(tf.stack(weights), 1))
     if check_separately:
-        _either(below_1, _traced_branch(check, inputs), take_care, inputs)
+        _either(below_1, _traced_branch(check, inputs), otherwise, inputs)
     else:
-        moderate = _are_moderate(kinds, raw, stacked=False)
-        _either(tf.logical_and(moderate, below_1), subtract, take_care, inputs)
+        moderate = _are_moderate(kinds, [pair.raw.handle for pair, *_ in rows], stacked=False)
+        _either(tf.logical_and(moderate, below_1), subtract, otherwise, inputs)
+
+
+def _subtract(kind, weights, raw, targets):
+    shape, dtype, raw_dtype = kind
+    w = tf.cast(read(raw, shape, raw_dtype), dtype)
+    for weight, target in zip(weights, targets, strict=True):
+        alpha, delta = tf.cast(weight, dtype), read(target, shape, dtype) - w
+        tf.raw_ops.ResourceApplyGradientDescent(var=target, alpha=alpha, delta=delta)
+
+
+def _take_care(kind, weights, raw, targets):
+    shape, dtype, raw_dtype = kind
+    w = read(raw, shape, raw_dtype)
+    for weight, target in zip(weights, targets, strict=True):
+        # This is rarely executed, so trace quickly: once for all shapes.
+        traced(updated, (1, 1), None, dtype, raw_dtype)(weight, w, target)
 
 
 def _traced_branch(function, inputs):

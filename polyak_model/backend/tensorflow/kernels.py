@@ -42,31 +42,38 @@ def read(handle, shape, dtype):
 
 
 @functools.cache
-def traced(formula, count, shape, dtype, iterate_dtype, jit_compile=None):
-    """Returns a function of the weight, the iterate and handles that applies a formula in place.
+def traced(formula, counts, shape, dtype, iterate_dtype, jit_compile=None):
+    """Returns a function of weights, the iterate and handles that applies a formula in place.
 
     Variables are arguments, so that all those of one shape share one function.
 
     Args:
         formula: One of this module.
-        count: Int, the number of handles.
+        counts: Tuple with the number of averages of the iterate, and the number
+            of variables of each.
         shape: Tuple, the shape of the variables, or None for any.
         dtype: The dtype of the variables.
         iterate_dtype: The dtype of the iterate.
         jit_compile: Bool. Whether XLA compiles it.
     """
-    resource = tf.TensorSpec((), tf.resource)
+    averages, each = counts
+    scalar, resource = tf.TensorSpec((), "float64"), tf.TensorSpec((), tf.resource)
 
-    def apply(weight, w, *handles):
-        values = [read(handle, shape, dtype) for handle in handles]
-        results = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
-        for handle, value in zip(handles, results, strict=True):
-            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+    def apply(*arguments):
+        weights, (w, *handles) = arguments[:averages], arguments[averages:]
+        w = tf.cast(w, dtype)
+        for i, weight in enumerate(weights):
+            own = handles[i * each : (i + 1) * each]
+            values = [read(handle, shape, dtype) for handle in own]
+            results = formula(tf.cast(weight, dtype), w, *values)
+            for handle, value in zip(own, results, strict=True):
+                tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
     with tf.init_scope():
         function = tf.function(apply, jit_compile=jit_compile, autograph=False)
+        iterate = tf.TensorSpec(shape, iterate_dtype)
         return function.get_concrete_function(
-            tf.TensorSpec((), "float64"), tf.TensorSpec(shape, iterate_dtype), *[resource] * count
+            *[scalar] * averages, iterate, *[resource] * averages * each
         )
 
 

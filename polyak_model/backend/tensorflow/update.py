@@ -2,7 +2,8 @@
 
 Operation by operation, an update reads and writes memory several times. Compiled by XLA it is one
 loop that works in place, but calling a compiled function takes as long as a dozen operations on a
-few numbers. Small averages are updated in groups.
+few numbers. Small averages are updated in groups. All averages of one raw weight are updated
+together, while its value is in the cache of the processor.
 """
 
 import math
@@ -25,46 +26,54 @@ FEW = 32
 
 
 def update(updates):
-    for pairs, weight in updates:
-        _update(pairs, weight)
-
-
-def _update(pairs, weight):
+    if not updates:
+        return
+    of_averages, weights = zip(*updates, strict=True)
     grouped = []
-    for pair in pairs:
-        if pair.residual is not None:
-            _apply(kernels.updated_compensated, weight, pair.raw, pair.target, pair.residual)
-        elif math.prod(pair.target.shape) < HUGE and can_be_grouped(pair):
-            grouped.append(pair)
+    # The averages of one raw weight.
+    for pairs in zip(*of_averages, strict=True):
+        if pairs[0].residual is not None:
+            targets = [(pair.target, pair.residual) for pair in pairs]
+            _apply(kernels.updated_compensated, weights, pairs[0].raw, targets)
+        elif math.prod(pairs[0].target.shape) < HUGE and all(map(can_be_grouped, pairs)):
+            grouped.append(pairs)
         else:
-            _apply(kernels.updated, weight, pair.raw, pair.target)
+            _apply(kernels.updated, weights, pairs[0].raw, [(pair.target,) for pair in pairs])
     for part in _parts(grouped, TOGETHER):
-        elements = sum(math.prod(pair.target.shape) for pair in part)
+        elements = sum(math.prod(pairs[0].target.shape) for pairs in part)
         if len(part) >= FEW and elements < SMALL:
             for few in _parts(part, FEW):
-                update_group(few, weight, check_separately=True)
+                update_group(few, weights, check_separately=True)
         else:
-            update_group(part, weight, check_separately=False)
+            update_group(part, weights, check_separately=False)
 
 
 def _parts(pairs, size):
     return [pairs[first : first + size] for first in range(0, len(pairs), size)]
 
 
-def _apply(formula, weight, iterate, *targets):
-    """Assigns to variables what a formula computes from them and the iterate."""
-    w, dtype = tf.convert_to_tensor(iterate), tf.as_dtype(targets[0].dtype)
-    if _pays_to_compile(targets[0]):
-        handles = [target.handle for target in targets]
-        # The average's device, wherever the iterate is.
+def _apply(formula, weights, iterate, targets):
+    """Assigns to the variables of each average what a formula computes from them.
+
+    Args:
+        formula: One of `kernels`.
+        weights: Tuple with the weight of each average.
+        iterate: The raw weight.
+        targets: List with a tuple of variables for each average.
+    """
+    w, dtype = tf.convert_to_tensor(iterate), tf.as_dtype(targets[0][0].dtype)
+    if _pays_to_compile(targets[0][0]):
+        handles = [target.handle for own in targets for target in own]
+        # The averages' device, wherever the iterate is.
         with tf.device(handles[0].device):
-            shape = tuple(targets[0].shape)
-            function = kernels.traced(formula, len(targets), shape, dtype, w.dtype, True)
-            function(weight, w, *handles)
-    else:
-        values = map(tf.convert_to_tensor, targets)
+            shape, counts = tuple(targets[0][0].shape), (len(weights), len(targets[0]))
+            function = kernels.traced(formula, counts, shape, dtype, w.dtype, True)
+            function(*weights, w, *handles)
+        return
+    for weight, own in zip(weights, targets, strict=True):
+        values = map(tf.convert_to_tensor, own)
         results = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
-        for target, value in zip(targets, results, strict=True):
+        for target, value in zip(own, results, strict=True):
             target.assign(value)
 
 
