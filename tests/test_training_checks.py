@@ -1,4 +1,5 @@
 import keras
+import numpy as np
 import pytest
 from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier
 
@@ -38,6 +39,22 @@ def test_an_optimizer_that_averages_is_refused_before_anything_changes():
 def test_a_clone_function_that_cannot_be_called_is_refused():
     with pytest.raises(ValueError, match="`clone_function` must be a function without arguments"):
         PolyakModel(make_classifier(), clone_function=make_classifier())
+
+
+def test_training_the_average_model_by_itself_warns_and_trains_no_weight():
+    model = PolyakModel(make_classifier())
+    average = compile_classifier(model.average_model)
+    # Statistics of BatchNormalization follow the data, as in any model whose weights are frozen.
+    averaged = [
+        mine
+        for raw, mine in zip(model.raw_model.weights, average.weights, strict=True)
+        if raw.trainable
+    ]
+    before = [np.array(w) for w in averaged]
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        average.fit(np.ones((8, 6)), np.zeros(8, int), verbose=0)
+    for weight, value in zip(averaged, before, strict=True):
+        np.testing.assert_array_equal(np.array(weight), value)
 
 
 def test_an_average_model_is_not_wrapped_again():

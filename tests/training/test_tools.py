@@ -89,6 +89,25 @@ def test_tensorboard_has_the_logs_of_the_monitor_and_histograms_of_the_raw_weigh
     assert {f"{weight.path}/histogram" for weight in model.raw_model.weights} <= tags
 
 
+def test_the_projector_of_tensorboard_finds_the_embeddings_of_the_raw_model(tmp_path):
+    pytest.importorskip("tensorboard.plugins.projector")
+    embedding = keras.layers.Embedding(10, 3, name="words")
+    layers = [keras.Input((4,)), embedding, keras.layers.Flatten(), keras.layers.Dense(1)]
+    texts = {}
+    for kind, wrap in (("bare", lambda model: model), ("wrapped", PolyakModel)):
+        model = wrap(keras.models.clone_model(keras.Sequential(layers)))
+        model.compile(optimizer="adam", loss="mse")
+        board = keras.callbacks.TensorBoard(
+            tmp_path / kind, embeddings_freq=1, embeddings_metadata={"words": "words.tsv"}
+        )
+        model.fit(np.ones((8, 4)), np.ones((8, 1)), verbose=0, callbacks=[board])
+        (file,) = (tmp_path / kind).rglob("projector_config.pbtxt")
+        texts[kind] = file.read_text()
+        assert any((tmp_path / kind).rglob("keras_embedding.ckpt*"))
+    assert "words.tsv" in texts["bare"]
+    assert texts["wrapped"] == texts["bare"]
+
+
 # Weights & Biases
 
 
