@@ -1,5 +1,8 @@
 """Eager execution and traced functions."""
 
+import contextlib
+import contextvars
+
 import jax
 import jax.numpy as jnp
 
@@ -23,9 +26,12 @@ __all__ = [
     "runs_eagerly",
     "symbolic",
     "traces_for_export",
+    "updates_dropped",
     "variables_are_current",
     "when",
 ]
+
+_dropped = contextvars.ContextVar("dropped", default=False)
 
 
 def when(condition, function):
@@ -64,8 +70,18 @@ def variables_are_current():
     return not in_stateless_scope()
 
 
+@contextlib.contextmanager
+def updates_dropped():
+    """While open, assignments do not last, since variables hold values for a file alone."""
+    token = _dropped.set(True)
+    try:
+        yield
+    finally:
+        _dropped.reset(token)
+
+
 def keeps_updates():
-    if in_symbolic_scope():
+    if in_symbolic_scope() or _dropped.get():
         return False
     # Elsewhere in a trace, an assignment would leave a tracer in the variable.
     return in_stateless_scope() or trace_state_clean()
