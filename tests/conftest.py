@@ -50,6 +50,7 @@ OF_ALL_BACKENDS = {
     "test_monitor.py",
     "test_optimizers.py",
     "test_private_parts.py",
+    "test_processes.py",
     "test_routed_model.py",
     "test_saveable_model.py",
     "test_several_averages.py",

@@ -62,8 +62,8 @@ def in_one_process(model, function, variables=()):
         client.wait_at_barrier(f"{key}/begin", _LONGEST_DELAY, processes)
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
-            f"All of the {len(processes)} processes that train a model must save it, or fit it with "
-            f"the same callbacks, together. Received: a call in process {jax.process_index()} for "
+            f"All of the {len(processes)} processes that train a model must save it together, and "
+            f"fit it with the same callbacks. Received: a call in process {jax.process_index()} for "
             "which the others did not come. Make it in all of them; one of them writes the file."
         ) from error
     with _gathered(variables, keep=is_writer(model)):
