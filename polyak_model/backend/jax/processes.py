@@ -63,8 +63,9 @@ def in_one_process(model, function, variables=()):
     except jax.errors.JaxRuntimeError as error:
         raise RuntimeError(
             f"All of the {len(processes)} processes that train a model must save it together, and "
-            f"fit it with the same callbacks. Received: a call in process {jax.process_index()} for "
-            "which the others did not come. Make it in all of them; one of them writes the file."
+            "fit it with the same callbacks. Received: a call in process "
+            f"{jax.process_index()} for which the others did not come. Make it in all of them; one "
+            "of them writes the file."
         ) from error
     with _gathered(variables, keep=is_writer(model)):
         if is_writer(model):
