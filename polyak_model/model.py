@@ -522,6 +522,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
 
     def call(self, inputs, *args, training=None, **kwargs):
         backend.sync(self)
+        if training is None:
+            training = backend.is_differentiated(self.raw_model.trainable_variables)
         with exportable(not training):
             self.shadow.catch_up(training)
         if training:

@@ -41,6 +41,7 @@ OF_ALL_BACKENDS = {
     "test_fingerprint.py",
     "test_interface.py",
     "test_jax.py",
+    "test_jax_custom_steps.py",
     "test_joint_model.py",
     "test_keras_callbacks.py",
     "test_kinds_of_model.py",

@@ -129,6 +129,10 @@ def symbolic(inputs):
     return tree.map_structure(placeholder, inputs)
 
 
+def is_differentiated(variables):
+    return False
+
+
 def fetch(value):
     return keras.ops.convert_to_numpy(value)
 

@@ -31,6 +31,7 @@ MODULES = {
     "tracing": (
         "compiled",
         "double_precision",
+        "is_differentiated",
         "keeps_updates",
         "lift",
         "outside_trace",
@@ -279,6 +280,17 @@ def runs_eagerly() -> bool:
 
 def variables_are_current() -> bool:
     """Returns whether variables hold the current state, and not a step that is a function of it."""
+
+
+def is_differentiated(variables: Iterable[keras.Variable]) -> bool:
+    """Returns whether the gradient of some variable is being computed, False if unknown.
+
+    On JAX Keras does not tell the parts of a subclassed model that it is trained;
+    elsewhere nobody needs to ask.
+
+    Args:
+        variables: The variables.
+    """
 
 
 def keeps_updates() -> bool:

@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(polyak_model.__file__).parent
 MODULES = [
     "jax._src.core.trace_state_clean",
     "jax._src.distributed.global_state",
+    "jax._src.interpreters.ad",
     "keras.src.backend.common.global_state",
     "keras.src.backend.common.stateless_scope.get_stateless_scope",
     "keras.src.backend.common.stateless_scope.in_stateless_scope",

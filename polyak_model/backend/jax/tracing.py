@@ -5,6 +5,7 @@ import contextvars
 
 import jax
 import jax.numpy as jnp
+from jax._src.interpreters import ad
 
 from polyak_model.backend.common import symbolic
 from polyak_model.backend.jax.state import (
@@ -20,6 +21,7 @@ from polyak_model.backend.jax.state import (
 __all__ = [
     "compiled",
     "double_precision",
+    "is_differentiated",
     "keeps_updates",
     "lift",
     "outside_trace",
@@ -31,6 +33,10 @@ __all__ = [
     "when",
 ]
 
+# JAX names them differently from version to version.
+_DIFFERENTIATED = tuple(
+    getattr(ad, name) for name in ("JVPTracer", "LinearizeTracer") if hasattr(ad, name)
+)
 _dropped = contextvars.ContextVar("dropped", default=False)
 
 
@@ -78,6 +84,10 @@ def updates_dropped():
         yield
     finally:
         _dropped.reset(token)
+
+
+def is_differentiated(variables):
+    return any(isinstance(variable.value, _DIFFERENTIATED) for variable in variables)
 
 
 def keeps_updates():
