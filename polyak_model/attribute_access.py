@@ -46,6 +46,8 @@ class RawAttributes(keras.Model):
                 f"`{name}` cannot be changed after a model was wrapped. Received: "
                 f"{name}={value!r}. {_FIXED[name]}"
             )
+        if wrapped and name == "optimizer" and value is not self.raw_model.optimizer:
+            self.raw_model.optimizer = value  # Both models have one.
         own = name.startswith("_") or name in _own_attributes(self) or hasattr(type(self), name)
         if wrapped and not own and hasattr(self.raw_model, name):
             setattr(self.raw_model, name, value)

@@ -13,7 +13,7 @@ from polyak_model.average import batch_norm, clone_check, cloning
 from polyak_model.average.exclusion import check_exclude
 from polyak_model.average.shadow import Shadow
 from polyak_model.backend import keras_internals
-from polyak_model.backend.common import exportable
+from polyak_model.backend.common import exportable, optimizers_of
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
@@ -166,7 +166,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self.__dict__.update({layout.average_group(name): clone for name, clone in clones.items()})
         self.clone_function = clone_function
         self.supports_masking = model.supports_masking
-        self._adopted = None
+        vars(self)["_adopted"] = None  # Not tracked: it refers to the optimizer.
         self._start_if_built()
         if model.compiled:
             self._adopt_compilation()
@@ -415,12 +415,18 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
                 auto_scale_loss=False,
             )
         self.loss = raw.loss
-        self._adopted = keras_internals.compilation(raw)
+        vars(self)["_adopted"] = self._compilation()
+
+    def _compilation(self):
+        return keras_internals.compilation(self.raw_model), self.raw_model.optimizer
 
     def _check_compiled(self, method):
         raw = self.raw_model
-        if raw.compiled and keras_internals.compilation(raw) is not self._adopted:
+        if raw.compiled and self._compilation() != self._adopted:
             self._adopt_compilation()
+        if raw.compiled:
+            # Their settings may have changed, too.
+            check_optimizers(optimizers_of(raw) if method == "fit" else raw.optimizer)
         if not self.compiled:
             raise ValueError(
                 f"`{method}()` needs a compiled model. Received: a PolyakModel that was never "
@@ -501,6 +507,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         if self.optimizer is not None and not self.optimizer.built:
             with backend.strategy_scope(self):
                 self.optimizer.build(self.raw_model.trainable_variables)
+            # A MultiOptimizer may have chosen its optimizers only now.
+            check_optimizers(self.optimizer)
 
     @property
     def trainable(self):
@@ -514,6 +522,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
 
     def call(self, inputs, *args, training=None, **kwargs):
         backend.sync(self)
+        if training is None:
+            training = backend.is_differentiated(self.raw_model.trainable_variables)
         with exportable(not training):
             self.shadow.catch_up(training)
         if training:

@@ -117,7 +117,7 @@ def _compare(model, clone, inputs):
         ) from error
     tree.assert_same_structure(expected, received)
     for ours, theirs in zip(tree.flatten(expected), tree.flatten(received), strict=True):
-        if not _agree(keras.ops.convert_to_numpy(ours), keras.ops.convert_to_numpy(theirs)):
+        if not _agree(backend.fetch(ours), backend.fetch(theirs)):
             raise ValueError(
                 f"The clone of the model '{model.name}' has the same weights but other outputs, so "
                 "it lacks state that the model holds outside its weights (an adapted layer or a "

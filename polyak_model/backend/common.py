@@ -1,4 +1,4 @@
-"""What the backends share: the optimizers of a model, and placeholders."""
+"""What the backends share: the optimizers of a model, placeholders, and training in one process."""
 
 import contextlib
 import contextvars
@@ -127,3 +127,19 @@ def symbolic(inputs):
         return keras.KerasTensor(tuple(tensor.shape), dtype)
 
     return tree.map_structure(placeholder, inputs)
+
+
+def is_differentiated(variables):
+    return False
+
+
+def fetch(value):
+    return keras.ops.convert_to_numpy(value)
+
+
+def is_writer(model):
+    return True
+
+
+def in_one_process(model, function, variables=()):
+    return function()

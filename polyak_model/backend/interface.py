@@ -31,6 +31,7 @@ MODULES = {
     "tracing": (
         "compiled",
         "double_precision",
+        "is_differentiated",
         "keeps_updates",
         "lift",
         "outside_trace",
@@ -49,6 +50,7 @@ MODULES = {
         "strategy_scope",
         "synchronize",
     ),
+    "processes": ("fetch", "in_one_process", "is_writer"),
     "copying": ("copy_rules", "is_bookkeeping", "is_shared", "track_copies"),
     "generators": ("unchanged_generators",),
     "checks": ("check_compilation", "check_method", "check_placement"),
@@ -280,6 +282,17 @@ def variables_are_current() -> bool:
     """Returns whether variables hold the current state, and not a step that is a function of it."""
 
 
+def is_differentiated(variables: Iterable[keras.Variable]) -> bool:
+    """Returns whether the gradient of some variable is being computed, False if unknown.
+
+    On JAX Keras does not tell the parts of a subclassed model that it is trained;
+    elsewhere nobody needs to ask.
+
+    Args:
+        variables: The variables.
+    """
+
+
 def keeps_updates() -> bool:
     """Returns whether assignments last; they do not while Keras only infers shapes."""
 
@@ -361,6 +374,42 @@ def synchronize(variables: Sequence[keras.Variable]) -> list[Tensor]:
 
     Args:
         variables: The variables to read.
+    """
+
+
+# processes.py: several processes that train one model, each of which calls all of these.
+
+
+def fetch(value: keras.Variable | Tensor) -> Any:
+    """Returns a variable or a tensor as a NumPy array, also if it is spread over processes."""
+
+
+def is_writer(model: keras.Model) -> bool:
+    """Returns whether this process writes the files of a model for all that train it.
+
+    Args:
+        model: A `keras.Model` that has variables.
+    """
+
+
+def in_one_process(
+    model: keras.Model, function: Callable[[], Any], variables: Iterable[keras.Variable] = ()
+) -> Any:
+    """Calls a function in the process that writes, while the others wait for it.
+
+    Args:
+        model: A `keras.Model` that has variables.
+        function: `() ->` what JSON can encode. It assigns to no variable.
+        variables: Those whose values it reads. Defaults to none.
+
+    Returns:
+        The result of the function, in all processes.
+
+    Raises:
+        Exception: Where the function is called, what it raises. In the other
+            processes, an error of the same class if Python has it built in, or
+            else a `RuntimeError`, with the same message.
+        RuntimeError: If the other processes do not make this call.
     """
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "BuildHook",
     "CompileHook",
     "add_zeros_like",
+    "backup_in_one_process",
     "backup_position",
     "build_on_placeholders",
     "check_before_quantizing",
@@ -292,6 +293,29 @@ def lent_validation_data(owner, borrower):
 def backup_position(callback):
     """Returns the epoch and the batch that a `BackupAndRestore` callback has reached."""
     return callback._current_epoch, callback._last_batch_seen
+
+
+@contextlib.contextmanager
+def backup_in_one_process(callback, alone, save=None):
+    """While open, a `BackupAndRestore` callback writes in one of several processes.
+
+    Args:
+        callback: The callback of this process.
+        alone: Calls a function, without arguments, in the process that writes,
+            while the others wait.
+        save: What takes the place of saving in a process that does not write.
+            Defaults to None: it writes.
+    """
+    end = callback.on_train_end
+    own = {"on_train_end": lambda logs=None: alone(lambda: end(logs))}
+    if save is not None:
+        own["_save_model"] = save
+    vars(callback).update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del vars(callback)[name]
 
 
 def report_penalties(model, penalized):

@@ -14,7 +14,7 @@ from polyak_model.backend.keras_internals import metric_direction
 from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
 from polyak_model.saving.checkpoint_history import CheckpointHistory, Position, has_placeholders
-from polyak_model.saving.saveable_model import size_in_file
+from polyak_model.saving.saveable_model import size_in_file, state_variables
 from polyak_model.saving.score_record import write_record
 from polyak_model.weight_files.atomic_write import atomic_file
 
@@ -208,6 +208,10 @@ class AverageCheckpoint(keras.callbacks.Callback):
         )
 
     def _improves(self, epoch, logs):
+        # Other processes may not see the files in which the best score is.
+        return backend.in_one_process(self.model, lambda: self._improves_here(epoch, logs))
+
+    def _improves_here(self, epoch, logs):
         score = logs.get(self.monitor)
         validated = any(name.startswith("val_") for name in logs)
         if score is None and (validated or not self.monitor.startswith("val_")):
@@ -224,26 +228,30 @@ class AverageCheckpoint(keras.callbacks.Callback):
             return False
         if self.best is None or math.isnan(score):
             return not math.isnan(score)
-        return score < self.best if self.mode == "min" else score > self.best
+        return bool(score < self.best if self.mode == "min" else score > self.best)
 
     def _save(self, moment, logs):
         path = pathlib.Path(self.filepath.format(**{**logs, **moment}))
-        path.parent.mkdir(parents=True, exist_ok=True)
         best = float(logs[self.monitor]) if self.save_best_only else None
         record = {**self._history.record(path, self._position(), best), **moment}
         if self._saved in (WHOLE, self._scored_route()) and self.monitor in logs:
             record.update(monitor=self.monitor, score=float(logs[self.monitor]))
         own = {"raw": self.model.raw_model, WHOLE: self.model}
         model = {**self.model.average_models, **own}[self._saved]
-        with atomic_file(path, size_in_file(model)) as partial:
-            if path.name.endswith(".keras"):
-                keras.saving.save_model(model, partial)
-            else:
-                keras.Model.save_weights(model, partial)
-            write_record(partial, record)
+
+        def write():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path, size_in_file(model)) as partial:
+                if path.name.endswith(".keras"):
+                    keras.saving.save_model(model, partial)
+                else:
+                    keras.Model.save_weights(model, partial)
+                write_record(partial, record)
+            if self.keep_last:
+                self._history.remove_older(self.keep_last)
+
+        backend.in_one_process(self.model, write, state_variables(model))
         self._history.add(record)
-        if self.keep_last:
-            self._history.remove_older(self.keep_last)
 
 
 def _sample_checksum(weights):
@@ -252,7 +260,7 @@ def _sample_checksum(weights):
     for weight in weights:
         is_large = math.prod(weight.shape) > _LARGE
         sample = keras.ops.reshape(weight, (-1,))[:_LARGE] if is_large else weight
-        checksum = zlib.crc32(keras.ops.convert_to_numpy(sample).tobytes(), checksum)
+        checksum = zlib.crc32(backend.fetch(sample).tobytes(), checksum)
     return checksum
 
 

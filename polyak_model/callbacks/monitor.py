@@ -216,7 +216,7 @@ class AverageMonitor(keras.callbacks.Callback):
         for layer, indices in _group_by_layer(self.model).items() if self.per_layer else ():
             row = {"step": step, **_compare(weights, self._before, indices)}
             _append(self.layers.setdefault(layer, {}), row)
-        if self._writer is not None:
+        if self._writer is not None and backend.is_writer(self.model):
             self._writer.write(_tag(weights, self.model), step)
         self._before = weights
 
@@ -257,7 +257,7 @@ def _tag(weights, model):
 
 
 def _copy(variable):
-    array = ops.convert_to_numpy(variable)
+    array = backend.fetch(variable)
     # Norms in 16 bits would overflow.
     return np.array(array, dtype=np.promote_types(array.dtype, np.float32))
 

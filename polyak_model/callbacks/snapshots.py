@@ -122,10 +122,16 @@ class AverageSnapshots(keras.callbacks.Callback):
             self._resume()
         position = _find_position(self.model)
         # It is earlier if the best weights were restored.
-        if position.step > max({**self._paths, **self._pending}, default=0):
+        newest = backend.in_one_process(
+            self.model, lambda: max({**self._paths, **self._pending}, default=0)
+        )
+        if position.step > newest:
             self._position = position
             self._add(is_lasting=True)
         self._remove(self._spacing(self._position.step))
+        backend.in_one_process(self.model, self._write_pending)
+
+    def _write_pending(self):
         for step in sorted(self._pending):
             self._write(step, *self._pending.pop(step))
 
@@ -133,10 +139,17 @@ class AverageSnapshots(keras.callbacks.Callback):
         return self.every or find_spacing(step, self.count)
 
     def _resume(self):
+        position = _find_position(self.model)
+        self._paths, self._pending, self._readers = {}, {}, {}
+        self._position, self._batches_left = position, 0
+        planned = self.params.get("epochs", 0) * (self.params.get("steps") or 0)
+        self._last_step = position.step + planned
+        backend.in_one_process(self.model, lambda: self._find_past(position))
+
+    def _find_past(self, position):
         """Finds which snapshots in the folder belong to the past of this training."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        run, position = self.model.shadow.run, _find_position(self.model)
-        found = list_snapshots(self.folder)
+        run, found = self.model.shadow.run, list_snapshots(self.folder)
         for other in found:
             if other.record.run != run:
                 raise ValueError(
@@ -144,10 +157,6 @@ class AverageSnapshots(keras.callbacks.Callback):
                     f"{str(self.folder)!r}, in which {other.path.name!r} is of another one. Choose "
                     "a new folder."
                 )
-        self._paths, self._pending, self._readers = {}, {}, {}
-        self._position, self._batches_left = position, 0
-        planned = self.params.get("epochs", 0) * (self.params.get("steps") or 0)
-        self._last_step = position.step + planned
         if not found:
             self._period = self._sequence = 0
             return
@@ -172,6 +181,11 @@ class AverageSnapshots(keras.callbacks.Callback):
         Args:
             is_lasting: Bool. Whether it stays if training goes on as planned.
         """
+        averages = self.model.average_models.values()
+        variables = [v for model in (*averages, self.model.shadow) for v in model.variables]
+        backend.in_one_process(self.model, lambda: self._take(is_lasting), variables)
+
+    def _take(self, is_lasting):
         step, iterations = self._position
         self._readers = self._readers or find_readers(self.model)
         self._sequence += 1

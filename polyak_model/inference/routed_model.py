@@ -189,11 +189,12 @@ class RoutedModel(SaveableModel):
         if validation_split or validation_data is not None:
             self._check_compiled("fit")
             self._router.check_scores(self._reported(None))
-        with self._train(), self._backups.watched(callbacks):
+        shadow = self._router.shadow
+        shadow.run = backend.in_one_process(self, lambda: shadow.run)
+        with self._train(), self._backups.watched(self, callbacks):
             values = (x, y, batch_size, epochs, verbose, callbacks, validation_split)
             values += (validation_data, *args)
             history = self._fit(super().fit, given("fit", *values, **kwargs))
-        shadow = self._router.shadow
         if shadow.steps() >= _FEWEST_STEPS and not self._length_is_judged:
             self._length_is_judged = True
             rules = {name: average.rule for name, average in shadow.averages.items()}

@@ -7,13 +7,15 @@ too, and the second file is corrected from it before training resumes.
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 
 import keras
 from keras import tree
 
-from polyak_model.backend.keras_internals import backup_position
+from polyak_model import backend
+from polyak_model.backend.keras_internals import backup_in_one_process, backup_position
 from polyak_model.saving.score_record import read_record, write_record
 from polyak_model.weight_files.atomic_write import atomic_file
 
@@ -25,20 +27,26 @@ class Backups:
         self._callbacks = ()
 
     @contextlib.contextmanager
-    def watched(self, callbacks):
+    def watched(self, model, callbacks):
         """Corrects the files of the BackupAndRestore callbacks, then knows them while open.
 
         Args:
+            model: The model that `fit` trains.
             callbacks: The argument `callbacks` of `fit`.
         """
         kind = keras.callbacks.BackupAndRestore
         listed = tree.flatten(getattr(callbacks, "callbacks", callbacks))
         previous, self._callbacks = self._callbacks, [x for x in listed if isinstance(x, kind)]
         try:
-            for callback in self._callbacks:
-                for ending in ("", ".bkp"):  # Written with `double_checkpoint`.
-                    _correct_epoch(callback, ending)
-            yield
+            with contextlib.ExitStack() as stack:
+                for callback in self._callbacks:
+                    alone = functools.partial(backend.in_one_process, model)
+                    alone(functools.partial(_correct_epochs, callback))
+                    # All processes collect the weights.
+                    join = functools.partial(model.save_weights, _weights_path(callback))
+                    save = None if backend.is_writer(model) else join
+                    stack.enter_context(backup_in_one_process(callback, alone, save))
+                yield
         finally:
             self._callbacks = previous
 
@@ -57,6 +65,11 @@ class Backups:
 
 def _weights_path(callback):
     return pathlib.Path(callback.backup_dir, "latest.weights.h5")
+
+
+def _correct_epochs(callback):
+    for ending in ("", ".bkp"):  # Written with `double_checkpoint`.
+        _correct_epoch(callback, ending)
 
 
 def _correct_epoch(callback, ending):

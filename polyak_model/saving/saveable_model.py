@@ -32,7 +32,8 @@ class SaveableModel(keras.Model):
         """Saves both models, the optimizer, the step and the rule, as `keras.Model.save` does.
 
         The file is written atomically: if anything fails, an older file at
-        `filepath` stays.
+        `filepath` stays. Where several processes train the model, all of them
+        save it: one writes the file, the others wait.
 
         Args:
             filepath: Path that ends with `.keras`.
@@ -50,11 +51,15 @@ class SaveableModel(keras.Model):
         backend.sync(self)
         self.shadow.catch_up()  # Keras swallows what a property raises while it collects the state.
         save = super().save
-        if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
-            save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-        else:
-            with atomic_file(filepath, size_in_file(self)) as partial:
-                save(partial, **kwargs)
+
+        def write():
+            if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
+                save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+            else:
+                with atomic_file(filepath, size_in_file(self)) as partial:
+                    save(partial, **kwargs)
+
+        backend.in_one_process(self, write, state_variables(self))
 
     def __dir__(self):
         # Keras visits the attributes that `dir` lists, right after it has called one of the two
@@ -107,12 +112,16 @@ class SaveableModel(keras.Model):
         backend.sync(self)
         self.shadow.catch_up()
         save_weights = super().save_weights
-        if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
-            save_weights(filepath, overwrite=overwrite, **kwargs)
-        else:
-            with atomic_file(filepath, size_in_file(self)) as partial:
-                save_weights(partial)
-                self._backups.record(filepath, partial)
+
+        def write():
+            if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
+                save_weights(filepath, overwrite=overwrite, **kwargs)
+            else:
+                with atomic_file(filepath, size_in_file(self)) as partial:
+                    save_weights(partial)
+                    self._backups.record(filepath, partial)
+
+        backend.in_one_process(self, write, state_variables(self))
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
         """Loads what `save` or `save_weights` wrote: both models, optimizer, step and seeds.
@@ -172,7 +181,7 @@ class SaveableModel(keras.Model):
     @contextlib.contextmanager
     def _unchanged_on_failure(self):
         variables = state_variables(self)
-        values = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        values = [backend.fetch(variable) for variable in variables]
         run = self.shadow.run
         try:
             yield

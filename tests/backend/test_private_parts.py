@@ -13,6 +13,8 @@ import polyak_model
 PACKAGE = pathlib.Path(polyak_model.__file__).parent
 MODULES = [
     "jax._src.core.trace_state_clean",
+    "jax._src.distributed.global_state",
+    "jax._src.interpreters.ad",
     "keras.src.backend.common.global_state",
     "keras.src.backend.common.stateless_scope.get_stateless_scope",
     "keras.src.backend.common.stateless_scope.in_stateless_scope",
@@ -69,6 +71,7 @@ ATTRIBUTES = [
     ("variable", "_layout"),
     ("backup", "_current_epoch"),
     ("backup", "_last_batch_seen"),
+    ("backup", "_save_model"),
 ]
 OF_TENSORFLOW = [("model", "_distribute_strategy"), ("optimizer", "_distribution_strategy")]
 

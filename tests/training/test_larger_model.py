@@ -100,9 +100,7 @@ def assert_average(rule, iterates, part, start=None):
 @pytest.mark.parametrize(
     ("place", "mode"),
     [
-        *((place, {}) for place in (once, twice, in_two_branches)),
-        # On other backends Keras hands the flag down to no layer of a class of one's own.
-        pytest.param(Subclassed, {}, marks=pytest.mark.tensorflow),
+        *((place, {}) for place in (once, twice, in_two_branches, Subclassed)),
         *((in_two_branches, mode) for mode in OTHER_MODES),
     ],
 )

@@ -226,12 +226,58 @@ def test_a_config_without_an_average_is_compiled(batches):
     assert float(np.asarray(model.optimizer.learning_rate)) == 0.5
 
 
-@needs_multi_optimizer
-# On JAX, Keras lets such an optimizer set the weights although `fit` fails.
-@pytest.mark.tensorflow
-def test_an_optimizer_that_averages_is_refused_where_it_is_chosen_only_in_training(batches):
-    model = PolyakModel(make_with(lambda: make_chosen_optimizer(use_ema=True))())
-    start = model.raw_model.get_weights()
+def set_use_ema(model, optimizer):
+    model.optimizer.use_ema = True
+
+
+def replace(model, optimizer):
+    model.optimizer = optimizer
+
+
+def replace_in_the_raw_model(model, optimizer):
+    model.raw_model.optimizer = optimizer
+
+
+def choose_in_training(model, optimizer):
+    if "MultiOptimizer" not in KINDS:
+        pytest.skip("this Keras has no MultiOptimizer")
+    model.compile(make_chosen_optimizer(use_ema=True), CROSSENTROPY)
+
+
+def keep_beside(model, optimizer):
+    model.raw_model.another_optimizer = optimizer
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [set_use_ema, replace, replace_in_the_raw_model, choose_in_training, keep_beside],
+)
+def test_an_optimizer_that_averages_is_refused_before_training_however_it_was_set(
+    change, trained_before, batches
+):
+    model = PolyakModel(make_with(lambda: optimizers.SGD(0.1))())
+    if trained_before:
+        model.fit(*batches, verbose=0)
+    start, step = model.raw_model.get_weights(), model.average_step
+    change(model, optimizers.SGD(0.1, use_ema=True))
     with pytest.raises(ValueError, match="must not average by itself"):
         model.fit(*batches, verbose=0)
     assert_identical(start, model.raw_model.get_weights())
+    assert model.average_step == step
+    model.compile("sgd", CROSSENTROPY)
+    if change is not keep_beside:
+        model.fit(*batches, batch_size=16, verbose=0)
+        assert model.average_step == step + 4
+
+
+@pytest.mark.parametrize("change", [replace, replace_in_the_raw_model])
+def test_an_optimizer_that_replaces_another_trains(change, batches):
+    model = PolyakModel(make_with(lambda: optimizers.SGD(0.1))(), UniformAverage())
+    model.fit(*batches, batch_size=16, verbose=0)
+    change(model, optimizers.Adam(0.01))
+    model.fit(*batches, batch_size=16, verbose=0)
+    assert model.optimizer is model.raw_model.optimizer
+    assert type(model.optimizer).__name__ == "Adam"
+    assert int(model.optimizer.iterations) == 4
+    assert model.average_step == 8

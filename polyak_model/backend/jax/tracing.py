@@ -1,7 +1,11 @@
 """Eager execution and traced functions."""
 
+import contextlib
+import contextvars
+
 import jax
 import jax.numpy as jnp
+from jax._src.interpreters import ad
 
 from polyak_model.backend.common import symbolic
 from polyak_model.backend.jax.state import (
@@ -17,15 +21,23 @@ from polyak_model.backend.jax.state import (
 __all__ = [
     "compiled",
     "double_precision",
+    "is_differentiated",
     "keeps_updates",
     "lift",
     "outside_trace",
     "runs_eagerly",
     "symbolic",
     "traces_for_export",
+    "updates_dropped",
     "variables_are_current",
     "when",
 ]
+
+# JAX names them differently from version to version.
+_DIFFERENTIATED = tuple(
+    getattr(ad, name) for name in ("JVPTracer", "LinearizeTracer") if hasattr(ad, name)
+)
+_dropped = contextvars.ContextVar("dropped", default=False)
 
 
 def when(condition, function):
@@ -64,8 +76,22 @@ def variables_are_current():
     return not in_stateless_scope()
 
 
+@contextlib.contextmanager
+def updates_dropped():
+    """While open, assignments do not last, since variables hold values for a file alone."""
+    token = _dropped.set(True)
+    try:
+        yield
+    finally:
+        _dropped.reset(token)
+
+
+def is_differentiated(variables):
+    return any(isinstance(variable.value, _DIFFERENTIATED) for variable in variables)
+
+
 def keeps_updates():
-    if in_symbolic_scope():
+    if in_symbolic_scope() or _dropped.get():
         return False
     # Elsewhere in a trace, an assignment would leave a tracer in the variable.
     return in_stateless_scope() or trace_state_clean()

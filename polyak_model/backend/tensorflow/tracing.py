@@ -6,12 +6,13 @@ import sys
 
 import tensorflow as tf
 
-from polyak_model.backend.common import symbolic
+from polyak_model.backend.common import is_differentiated, symbolic
 from polyak_model.backend.keras_internals import in_stateless_scope
 
 __all__ = [
     "compiled",
     "double_precision",
+    "is_differentiated",
     "keeps_updates",
     "lift",
     "outside_trace",
