@@ -145,6 +145,14 @@ def test_the_modules_of_a_clone_hold_its_own_parameters(batches):
     assert [*clone.state_dict()] == [*model.state_dict()]
 
 
+def test_a_long_chain_of_modules_needs_no_deep_stack():
+    inputs = outputs = keras.Input((2,))
+    for _ in range(200):
+        outputs = keras.layers.Identity()(outputs)
+    clone = clone_model(keras.Model(inputs, outputs))
+    assert len(clone.layers) == 201
+
+
 def test_a_module_of_pytorch_is_averaged(batches):
     x, y = batches
     module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
