@@ -7,7 +7,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import layers
 
 from polyak_model import ExponentialAverage, PolyakModel
@@ -147,6 +146,8 @@ def prepare(name, make, batch_size, jit, steps_per_execution=1):
         jit: Bool. Whether to compile with XLA.
         steps_per_execution: Int, training steps per call. Defaults to 1.
     """
+    import tensorflow as tf  # PyTorch's benchmark uses the models and the turns alone.
+
     keras.utils.set_random_seed(0)
 
     def compile_model(model, **kwargs):
@@ -179,6 +180,8 @@ def prepare(name, make, batch_size, jit, steps_per_execution=1):
 
 def prepare_floor(parameters):
     """Returns a function that reads two buffers and writes one of them, in place."""
+    import tensorflow as tf
+
     average = tf.Variable(tf.zeros(parameters))
     w = tf.Variable(tf.ones(parameters))
 

@@ -467,7 +467,10 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         for clone in self.shadow.models:
             if not cloning.has_weights(clone):
                 self._complete(clone, inputs, batch)
+        for name, average in self.shadow.averages.items():
+            keras_internals.name_apart(average.model.variables, name)
         self.shadow.start(self.raw_model, inputs)
+        keras_internals.name_apart(self.shadow.variables, self.name)
         self._refuse_quantization()
         if inputs is not None:
             keras_internals.record_inputs(self, inputs)

@@ -69,7 +69,6 @@ OPEN_ON = {
     "torch": {
         "test_backup_and_restore.py",
         "test_kinds_of_model.py",
-        "test_larger_model.py",
         "test_monitor.py",
     }
 }

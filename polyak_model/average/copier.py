@@ -168,7 +168,9 @@ def _copy_by_protocol(value, copier):
     if isinstance(reduced, str):  # The name of a global.
         return value
     make, args, state, items, entries = [*reduced, None, None, None][:5]
-    args = args if make is copyreg.__newobj__ and len(args) == 1 else copier.whole(args)
+    # Without arguments, nothing has to be whole: each hook of PyTorch's modules is such an object.
+    plain = not args or (make is copyreg.__newobj__ and len(args) == 1)
+    args = args if plain else copier.whole(args)
     return copier.add(value, make(*args), _fill, state, items or (), entries or (), copier)
 
 

@@ -145,6 +145,14 @@ def test_the_modules_of_a_clone_hold_its_own_parameters(batches):
     assert [*clone.state_dict()] == [*model.state_dict()]
 
 
+def test_a_long_chain_of_modules_needs_no_deep_stack():
+    inputs = outputs = keras.Input((2,))
+    for _ in range(200):
+        outputs = keras.layers.Identity()(outputs)
+    clone = clone_model(keras.Model(inputs, outputs))
+    assert len(clone.layers) == 201
+
+
 def test_a_module_of_pytorch_is_averaged(batches):
     x, y = batches
     module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
@@ -188,6 +196,21 @@ def test_a_state_dict_restores_raw_and_average_weights(batches):
     assert_identical(model.get_weights(), other.get_weights())
 
 
+def test_a_state_dict_of_a_larger_model_holds_every_weight_of_its_parts(batches):
+    inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    part = PolyakModel(inner, UniformAverage())
+    larger = keras.Sequential([keras.Input((6,)), part])
+    larger.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    larger.fit(*batches, batch_size=16, verbose=0)
+    assert part.average_step == 4
+    expected, state = larger.get_weights(), copy.deepcopy(larger.state_dict())
+    assert {id(variable.value) for variable in part.variables} <= parameters_of(larger)
+    larger.fit(*batches, batch_size=16, verbose=0)
+    larger.load_state_dict(state)
+    assert part.average_step == 4
+    assert_identical(expected, larger.get_weights())
+
+
 def test_an_average_inside_a_larger_model_of_mixed_precision_is_updated_in_place(batches):
     x, y = batches
     inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
@@ -220,6 +243,18 @@ def test_a_device_that_cannot_be_used_is_refused(device, reason):
     inner = make_classifier()
     with pytest.raises(ValueError, match=reason):
         PolyakModel(inner, device=device)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, PolyakModel], ids=["bare", "wrapped"])
+def test_keras_trains_no_stateful_recurrent_layer_bare_or_wrapped(wrap):
+    # It overwrites the state that the gradient of the same step needs.
+    layers = [keras.Input(batch_shape=(8, 5, 3)), keras.layers.LSTM(4, stateful=True)]
+    model = wrap(keras.Sequential(layers))
+    model.compile("sgd", "mse")
+    x = np.ones((8, 5, 3), "float32")
+    assert np.isfinite(model.evaluate(x, x[:, 0, :1], verbose=0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model.fit(x, x[:, 0, :1], batch_size=8, verbose=0)
 
 
 def test_several_steps_per_execution_are_refused_as_by_keras(batches):

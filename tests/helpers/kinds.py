@@ -110,7 +110,10 @@ def check_large_kind(kind, tmp_path):
     model.report = ("average", "raw", "ensemble")
     logs = model.evaluate(kind.x, kind.y, verbose=0, return_dict=True)
     assert len({float(logs[name]) for name in ("loss", "raw_loss", "ensemble_loss")}) == 3
-    answers = [each(kind.x, training=False) for each in (model.raw_model, model.average_model)]
+    answers = [
+        keras.ops.convert_to_numpy(each(kind.x, training=False))
+        for each in (model.raw_model, model.average_model)
+    ]
     ensemble = model.predict(kind.x, verbose=0, using="ensemble")
     np.testing.assert_allclose(ensemble, sum(answers) / 2, rtol=1e-4, atol=1e-5)
     model.save(tmp_path / "model.keras")

@@ -218,7 +218,7 @@ def test_a_part_that_is_frozen_takes_no_steps(batches):
 
 
 def test_steps_reported_by_hand_are_not_counted_twice(batches):
-    x, y = batches
+    x, y = batches[0], keras.ops.cast(batches[1], "float32")
     model = PolyakModel(make_part(), UniformAverage())
     optimizer = keras.optimizers.SGD(0.1)
     iterates = []
@@ -241,6 +241,18 @@ def test_applying_the_average_is_no_step(batches):
     part.reset_average()
     whole.evaluate(*batches, verbose=0)
     assert part.average_step == 0
+
+
+def test_every_variable_has_a_path_of_its_own(batches):
+    one = PolyakModel(make_part(), {"short": 0.9, "long": UniformAverage()}, compensated=True)
+    other = PolyakModel(make_part())
+    x = keras.Input((6,))
+    whole = keras.Model(x, layers.Add()([one(x), other(x)]))
+    whole.compile("adam", "mse")
+    paths = [variable.path for variable in whole.variables]
+    assert len({*paths}) == len(paths)
+    tree = whole.get_state_tree(value_format="numpy_array")["non_trainable_variables"]
+    np.testing.assert_array_equal(tree[other.name]["average"]["step"], 0)
 
 
 # Mean teacher

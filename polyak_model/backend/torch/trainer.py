@@ -1,6 +1,5 @@
 """The steps that Keras calls, and what they need: counters of optimizers, metrics."""
 
-import collections
 import contextlib
 import functools
 
@@ -52,15 +51,6 @@ class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHo
         # Modules find the parameters that were created since they were built.
         self.raw_model._post_build()
         self._post_build()
-
-    def _track_variables(self):
-        # Keras names parameters by their paths, which a weight and its averages have in common.
-        parameters, counts = torch.nn.ParameterDict(), collections.Counter()
-        for variable in self.variables:
-            number = counts[variable.path]
-            parameters[f"{variable.path}_{number}" if number else variable.path] = variable.value
-            counts[variable.path] += 1
-        self._torch_params = parameters
 
     def state_dict(self, *args, **kwargs):
         self._track_variables()
