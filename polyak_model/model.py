@@ -468,9 +468,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             if not cloning.has_weights(clone):
                 self._complete(clone, inputs, batch)
         for name, average in self.shadow.averages.items():
-            keras_internals.name_apart(average.model.variables, name)
+            backend.name_apart(average.model.variables, name)
         self.shadow.start(self.raw_model, inputs)
-        keras_internals.name_apart(self.shadow.variables, self.name)
+        backend.name_apart(self.shadow.variables, self.name)
         self._refuse_quantization()
         if inputs is not None:
             keras_internals.record_inputs(self, inputs)

@@ -51,7 +51,7 @@ MODULES = {
         "synchronize",
     ),
     "processes": ("fetch", "in_one_process", "is_writer"),
-    "copying": ("copy_rules", "is_bookkeeping", "is_shared", "track_copies"),
+    "copying": ("copy_rules", "is_bookkeeping", "is_shared", "name_apart", "track_copies"),
     "generators": ("unchanged_generators",),
     "checks": ("check_compilation", "check_method", "check_placement"),
 }
@@ -486,6 +486,17 @@ def track_copies(old: Any, new: Any, copier: Any) -> None:
         old: The original.
         new: Its copy.
         copier: The copier that has copied everything else.
+    """
+
+
+def name_apart(variables: Iterable[keras.Variable], prefix: str) -> None:
+    """Puts a prefix before the paths of variables, where modules find parameters by path.
+
+    Elsewhere an average keeps the paths of the raw model.
+
+    Args:
+        variables: The variables.
+        prefix: String.
     """
 
 

@@ -38,7 +38,6 @@ __all__ = [
     "lent_validation_data",
     "loss_tracker",
     "metric_direction",
-    "name_apart",
     "penalties",
     "print_message",
     "record_inputs",
@@ -248,20 +247,6 @@ def add_zeros_like(layer, variable, dtype, name):
 def metric_direction(metric):
     """Returns whether a larger value of a metric is better, "max", or a smaller, "min"; or None."""
     return {"up": "max", "down": "min"}.get(getattr(metric, "_direction", None))
-
-
-def name_apart(variables, prefix):
-    """Puts a prefix before the paths of variables, so that no other variable has the same path.
-
-    Keras looks variables up by path: `get_state_tree` on all backends and, on
-    PyTorch, modules, which find the gradients to reset and their state there.
-
-    Args:
-        variables: Iterable of `keras.Variable`.
-        prefix: String.
-    """
-    for variable in variables:
-        variable._path = f"{prefix}/{variable.path}"
 
 
 class BuildHook:

@@ -2,6 +2,10 @@
 
 import jax
 
+from polyak_model.backend.common import name_apart
+
+__all__ = ["copy_rules", "is_bookkeeping", "is_shared", "name_apart", "track_copies"]
+
 
 def is_bookkeeping(name):
     return False
