@@ -5,6 +5,7 @@ import typing
 import keras
 import numpy as np
 
+from polyak_model import backend
 from polyak_model.saving.variable_paths import find_saved_values
 from polyak_model.snapshots.record import Weight
 
@@ -20,10 +21,10 @@ class _Source(typing.NamedTuple):
 
     def read(self):
         """Returns a copy of the values, floats in 32 bits at least."""
-        array = np.array(keras.ops.convert_to_numpy(self.value))
+        array = np.array(backend.fetch(self.value))
         if self.residual is not None:
             # Only float64 holds both.
-            return array.astype("float64") + keras.ops.convert_to_numpy(self.residual)
+            return array.astype("float64") + backend.fetch(self.residual)
         is_half = "float" in self.dtype and array.dtype.itemsize < 4
         return array.astype("float32") if is_half else array
 

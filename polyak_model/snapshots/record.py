@@ -20,7 +20,7 @@ import polyak_model
 from polyak_model.rules import Rule
 from polyak_model.weight_files.keras_archive import parse_json
 from polyak_model.weight_files.refusal import refusal
-from polyak_model.weight_files.writer import created_weights
+from polyak_model.weight_files.writer import create_array, created_weights
 
 FORMAT = 1
 AVERAGES = "averages"
@@ -106,7 +106,7 @@ def write_snapshot(path, record, averages, groups=None):
         for name, weights in averages.items():
             inside = f"{AVERAGES}/{name}"
             for weight in weights:
-                file.create_dataset(f"{inside}/{weight.path}", data=weight.array)
+                create_array(file, f"{inside}/{weight.path}", weight.array)
             for group, attributes in (groups or {}).items():
                 if attributes:
                     file.require_group(f"{inside}/{group}").attrs.update(attributes)

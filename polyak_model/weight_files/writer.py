@@ -111,6 +111,25 @@ def create_variable(file, name, shape, dtype):
     return write
 
 
+def create_array(file, name, array):
+    """Creates a dataset with its values, as `file.create_dataset(name, data=array)` does.
+
+    It takes a third of the time, most of which h5py spends on arguments that are not used here.
+
+    Args:
+        file: An `h5py.File`.
+        name: Its path in the file.
+        array: A NumPy array.
+    """
+    with_groups = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    with_groups.set_create_intermediate_group(True)
+    array = np.asarray(array, order="C")
+    dtype = h5py.h5t.py_create(array.dtype, logical=True)
+    space = h5py.h5s.create_simple(array.shape) if array.ndim else h5py.h5s.create(h5py.h5s.SCALAR)
+    dataset = h5py.h5d.create(file.id, name.encode(), dtype, space, lcpl=with_groups)
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, array)
+
+
 @contextlib.contextmanager
 def _created_hdf5(path):
     try:
