@@ -22,6 +22,7 @@ MODULES = {
         "build_by_step",
         "call_step",
         "exclusive_call",
+        "interruptible",
         "may_skip_steps",
         "optimizer_step",
         "rehearse",
@@ -232,15 +233,30 @@ def rehearse(
     """
 
 
-def exclusive_call(model: keras.Model, route: keras.Model) -> contextlib.AbstractContextManager:
-    """Returns a context for a call of `fit`, `evaluate` or `predict`.
+def exclusive_call(
+    model: keras.Model, route: keras.Model | None
+) -> contextlib.AbstractContextManager:
+    """Returns a context for a call of `fit`, `evaluate`, `predict` or `save`.
 
     Where such a call takes the values out of the variables, the other threads
     wait for it, and the values are back if it fails.
 
     Args:
         model: The model that is trained.
-        route: The model whose method is called, which shares variables with it.
+        route: The model whose method is called, which shares variables with it;
+            or None for a call that only reads them.
+    """
+
+
+def interruptible(model: keras.Model, callbacks: Nested) -> Nested:
+    """Returns callbacks of `fit` during which other threads may use the model.
+
+    A callback may wait for such a thread, except between the batches of a
+    validation.
+
+    Args:
+        model: The model that is trained.
+        callbacks: The argument `callbacks` of `fit`.
     """
 
 

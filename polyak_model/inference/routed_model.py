@@ -80,17 +80,16 @@ class RoutedModel(SaveableModel):
     @contextlib.contextmanager
     def _run(self, model):
         """While open, callbacks find the state of an evaluation or prediction here."""
-        raw = self._router.raw
-        backend.sync(self)
-        if model is not raw:
-            self._router.shadow.catch_up()
-        token = _running.set((self, model))
-        try:
-            with backend.exclusive_call(self, model):
+        with backend.exclusive_call(self, model):
+            backend.sync(self)
+            if model is not self._router.raw:
+                self._router.shadow.catch_up()
+            token = _running.set((self, model))
+            try:
                 yield
-        finally:
-            _running.reset(token)
-            self._start_if_built()
+            finally:
+                _running.reset(token)
+                self._start_if_built()
 
     @contextlib.contextmanager
     def _train(self):
@@ -192,6 +191,7 @@ class RoutedModel(SaveableModel):
         shadow = self._router.shadow
         shadow.run = backend.in_one_process(self, lambda: shadow.run)
         with self._train(), self._backups.watched(self, callbacks):
+            callbacks = backend.interruptible(self, callbacks)
             values = (x, y, batch_size, epochs, verbose, callbacks, validation_split)
             values += (validation_data, *args)
             history = self._fit(super().fit, given("fit", *values, **kwargs))

@@ -48,8 +48,6 @@ class SaveableModel(keras.Model):
             OSError: If the file cannot be written.
         """
         _check_loadable(filepath)
-        backend.sync(self)
-        self.shadow.catch_up()  # Keras swallows what a property raises while it collects the state.
         save = super().save
 
         def write():
@@ -59,7 +57,14 @@ class SaveableModel(keras.Model):
                 with atomic_file(filepath, size_in_file(self)) as partial:
                     save(partial, **kwargs)
 
-        backend.in_one_process(self, write, state_variables(self))
+        self._write_alone(write)
+
+    def _write_alone(self, write):
+        with backend.exclusive_call(self, None):
+            backend.sync(self)
+            # Keras swallows what a property raises while it collects the state.
+            self.shadow.catch_up()
+            backend.in_one_process(self, write, state_variables(self))
 
     def __dir__(self):
         # Keras visits the attributes that `dir` lists, right after it has called one of the two
@@ -109,8 +114,6 @@ class SaveableModel(keras.Model):
         Raises:
             OSError: If the file cannot be written.
         """
-        backend.sync(self)
-        self.shadow.catch_up()
         save_weights = super().save_weights
 
         def write():
@@ -121,7 +124,7 @@ class SaveableModel(keras.Model):
                     save_weights(partial)
                     self._backups.record(filepath, partial)
 
-        backend.in_one_process(self, write, state_variables(self))
+        self._write_alone(write)
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
         """Loads what `save` or `save_weights` wrote: both models, optimizer, step and seeds.

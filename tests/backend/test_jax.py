@@ -1,6 +1,8 @@
 """What is particular to JAX: functions of the state, compiled once for equal functions."""
 
+import concurrent.futures
 import importlib.util
+import threading
 
 import keras
 import numpy as np
@@ -140,3 +142,94 @@ def test_a_model_built_by_its_first_training_step_is_refused(batches):
     model.compile("sgd")
     with pytest.raises(ValueError, match="Build its parts first"):
         model.fit(*batches, verbose=0)
+
+
+EVENTS = ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"]
+EVENTS += ["on_test_begin", "on_test_end", "on_epoch_end", "on_train_end"]
+USES = {
+    "predict": lambda model, x, y: model.predict(x, verbose=0),
+    "raw": lambda model, x, y: model.predict(x, using="raw", verbose=0),
+    "evaluate": lambda model, x, y: model.evaluate(x, y, verbose=0, return_dict=True),
+    "weights": lambda model, x, y: model.average_model.get_weights(),
+    "step": lambda model, x, y: model.average_step,
+}
+
+
+class Waiting(keras.callbacks.Callback):
+    """Waits for a thread that uses the model, and does the same once more itself."""
+
+    def __init__(self, model, use):
+        super().__init__()
+        self.wrapper, self.use = model, use
+        self.pairs = []
+        for event in EVENTS:
+            setattr(self, event, lambda *args, **kwargs: self.wait())
+
+    def wait(self):
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            beside = thread.submit(self.use, self.wrapper).result(timeout=60)
+        self.pairs.append((beside, self.use(self.wrapper)))
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_callback_may_wait_for_a_thread_that_uses_the_model(use, batches):
+    def fit(*callbacks):
+        keras.utils.set_random_seed(3)
+        model = PolyakModel(compile_classifier(make_classifier()), UniformAverage())
+        waiting = [make(model, lambda model: use(model, *batches)) for make in callbacks]
+        history = model.fit(
+            *batches, batch_size=16, epochs=2, verbose=0, validation_data=batches, callbacks=waiting
+        ).history
+        return model, history, waiting
+
+    expected, bare_history, _ = fit()
+    model, history, (waiting,) = fit(Waiting)
+    assert history == bare_history
+    assert_identical(expected.get_weights(), model.get_weights())
+    assert len(waiting.pairs) == 2 * (4 * 2 + 4) + 2
+    for beside, alone in waiting.pairs:
+        np.testing.assert_equal(beside, alone)
+
+
+def test_a_callback_may_wait_for_a_thread_that_saves(batches, tmp_path):
+    def save(model):
+        path = tmp_path / f"{model.average_step}.weights.h5"
+        model.save_weights(path)
+        return path
+
+    model = PolyakModel(compile_classifier(make_classifier()), UniformAverage())
+    waiting = Waiting(model, save)
+    model.fit(*batches, batch_size=16, verbose=0, callbacks=[waiting])
+    loaded = PolyakModel(compile_classifier(make_classifier()), UniformAverage())
+    for beside, _ in waiting.pairs:
+        loaded.load_weights(beside)
+        assert beside.name == f"{loaded.average_step}.weights.h5"
+    assert_identical(model.get_weights(), loaded.get_weights())
+
+
+def test_threads_are_let_in_between_batches_and_a_failing_callback_leaves_nobody_waiting(batches):
+    steps, done = [], threading.Event()
+
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 12:
+                raise RuntimeError("at batch 12")
+
+    model = PolyakModel(compile_classifier(make_classifier()), UniformAverage())
+
+    def read():
+        while not done.is_set():
+            steps.append(model.average_step)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        try:
+            with pytest.raises(RuntimeError, match="at batch 12"):
+                model.fit(*batches, batch_size=4, verbose=0, callbacks=[Fail()])
+        finally:
+            done.set()
+        reading.result(timeout=60)
+    assert steps == sorted(steps)
+    assert len({*steps}) > 5
+    model.fit(*batches, batch_size=4, verbose=0)
+    assert model.average_step == 13 + 16

@@ -1,19 +1,13 @@
 """The steps that Keras compiles, which on JAX take and return the state of their model."""
 
 import contextlib
-import threading
-import weakref
 
 from keras import ops, tree
 from keras.src.backend import compute_output_spec
 
 from polyak_model.backend.common import may_skip_steps, stepping_optimizers, symbolic
-from polyak_model.backend.jax.state import (
-    groups_of,
-    in_stateless_scope,
-    run_stateless,
-    values_of,
-)
+from polyak_model.backend.jax.exclusive import exclusive_call, interruptible, sync
+from polyak_model.backend.jax.state import groups_of, run_stateless, values_of
 from polyak_model.backend.jax.tracing import double_precision
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
 
@@ -25,6 +19,7 @@ __all__ = [
     "build_by_step",
     "call_step",
     "exclusive_call",
+    "interruptible",
     "may_skip_steps",
     "optimizer_step",
     "rehearse",
@@ -150,32 +145,3 @@ def build_by_step(model, batch):
 
 def rehearse(function, batch, variables):
     compute_output_spec(function, symbolic(batch))
-
-
-_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _lock(model):
-    return _locks.setdefault(model, threading.RLock())
-
-
-@contextlib.contextmanager
-def exclusive_call(model, route):
-    with _lock(model):
-        variables = [*route.variables, *route.metrics_variables]
-        values = [variable.value for variable in variables]
-        try:
-            yield
-        except BaseException:
-            # Keras leaves variables empty, as it does during the call.
-            route.jax_state_sync()
-            for variable, value in zip(variables, values, strict=True):
-                if variable._value is None:
-                    variable.assign(value)
-            raise
-
-
-def sync(model):
-    if not in_stateless_scope():  # Inside a step, variables have the values of that step.
-        with _lock(model):
-            model.jax_state_sync()

@@ -18,6 +18,7 @@ __all__ = [
     "build_by_step",
     "call_step",
     "exclusive_call",
+    "interruptible",
     "may_skip_steps",
     "optimizer_step",
     "rehearse",
@@ -92,6 +93,10 @@ def rehearse(function, batch, variables):
 
 def exclusive_call(model, route):
     return contextlib.nullcontext()
+
+
+def interruptible(model, callbacks):
+    return callbacks
 
 
 def sync(model):
