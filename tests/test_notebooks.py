@@ -52,3 +52,9 @@ def test_a_committed_notebook_contains_no_warnings_and_no_absolute_paths(noteboo
             assert output.get("name") != "stderr"
             text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not re.search(r"(^|[\s'\"])(/[\w.-]+/|[A-Z]:\\)", text)
+
+
+def test_every_test_that_a_notebook_names_exists(notebook):
+    text = "".join(cell.source for cell in notebook.cells)
+    for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
+        assert f"\ndef {name}(" in (ROOT / path).read_text("utf-8"), name
