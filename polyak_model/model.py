@@ -166,7 +166,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self.__dict__.update({layout.average_group(name): clone for name, clone in clones.items()})
         self.clone_function = clone_function
         self.supports_masking = model.supports_masking
-        vars(self)["_adopted"] = None  # Not tracked: it refers to the optimizer.
+        self.__dict__["_adopted"] = None  # Not tracked: it refers to the optimizer.
         self._start_if_built()
         if model.compiled:
             self._adopt_compilation()
