@@ -8,8 +8,10 @@ import torch
 
 from polyak_model.backend.torch.values import value_of
 
-# Up to this many elements, calls take longer than their arithmetic and a copy for the check.
-TOGETHER = 2**17
+# Up to this many elements, a call takes longer than its arithmetic, and than a copy for the check.
+SMALL = 2**15
+# So many are copied at once.
+TOGETHER = 2**20
 
 
 @torch.no_grad()
@@ -50,9 +52,10 @@ def _like(averages, raw):
 
 
 def _parts(tensors):
-    """Yields slices of tensors to treat together."""
+    """Yields slices of tensors to treat together: some small ones, or a large one."""
     begin, elements = 0, 0
-    for i, size in enumerate(map(torch.numel, tensors)):
+    sizes = (size if size <= SMALL else TOGETHER for size in map(torch.numel, tensors))
+    for i, size in enumerate(sizes):
         if i > begin and elements + size > TOGETHER:
             yield slice(begin, i)
             begin, elements = i, 0
