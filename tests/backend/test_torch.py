@@ -255,6 +255,18 @@ def test_a_state_dict_restores_raw_and_average_weights(batches):
     assert_identical(model.get_weights(), other.get_weights())
 
 
+def test_every_variable_of_two_wrappers_in_a_larger_model_has_a_path_of_its_own():
+    average = {"short": 0.9, "long": UniformAverage()}
+    parts = [PolyakModel(make_classifier(), average, compensated=True) for _ in range(2)]
+    x = keras.Input((6,))
+    whole = keras.Model(x, keras.layers.Add()([part(x) for part in parts]))
+    whole.compile("adam", "mse")
+    paths = [variable.path for variable in whole.variables]
+    assert len({*paths}) == len(paths)
+    tree = whole.get_state_tree(value_format="numpy_array")["non_trainable_variables"]
+    assert [tree[part.name]["average"]["step"] for part in parts] == [0, 0]
+
+
 def test_a_state_dict_of_a_larger_model_holds_every_weight_of_its_parts(batches):
     inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
     part = PolyakModel(inner, UniformAverage())
