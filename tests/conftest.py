@@ -65,15 +65,6 @@ OF_ALL_BACKENDS = {
     "test_ways_of_training.py",
 }
 
-# Modules of which some tests still fail on a backend; what is open is listed in CONTRIBUTING.
-OPEN_ON = {
-    "torch": {
-        "test_backup_and_restore.py",
-        "test_kinds_of_model.py",
-        "test_monitor.py",
-    }
-}
-
 COSTS = {"processes", "memory", "zoo", "benchmarks", "slow"}
 # CPU seconds, those of child processes included, above which a test needs such a marker. They
 # depend less than wall time on the load of the machine: 10 s on an idle one may be 20 s here.
@@ -127,8 +118,7 @@ def pytest_configure(config):
 def pytest_ignore_collect(collection_path, config):
     name, marker = collection_path.name, config.option.markexpr
     if marker == "backends":
-        run = OF_ALL_BACKENDS - OPEN_ON.get(BACKEND, set())
-        ignored = name.endswith(".py") and name not in run
+        ignored = name.endswith(".py") and name not in OF_ALL_BACKENDS
     else:
         ignored = marker == "quick" and name in NEVER_QUICK
     of = re.match(r"test_(jax|torch)", name)

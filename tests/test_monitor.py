@@ -8,6 +8,7 @@ import time
 import keras
 import numpy as np
 import pytest
+from frameworks import BACKEND
 
 from polyak_model import AverageMonitor, ExponentialAverage, PolyakModel, UniformAverage
 
@@ -73,7 +74,11 @@ def expected_rows(weights):
         ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+# PyTorch's compiler takes a minute, see tests/backend/test_torch.py.
+SETTINGS = [{}, {"run_eagerly": True}, *([{"jit_compile": True}] if BACKEND != "torch" else [])]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_the_logs_have_distances_that_numpy_computes_from_the_weights(settings):
     recorder, model = Recorder(), wrapped(**settings)
     history = fit(model, AverageMonitor(), recorder)
@@ -128,9 +133,11 @@ def test_it_measures_every_few_batches_and_the_epoch_has_the_last_measurement():
     np.testing.assert_allclose(received, expected, rtol=1e-5)
 
 
-def test_batches_are_counted_when_keras_runs_several_in_one_call():
+# On PyTorch, Keras refuses several.
+@pytest.mark.parametrize("batches", [1, 2] if BACKEND != "torch" else [1])
+def test_batches_are_counted_also_when_keras_runs_several_in_one_call(batches):
     monitor = AverageMonitor(every=4)
-    fit(wrapped(steps_per_execution=2), monitor, epochs=2)
+    fit(wrapped(steps_per_execution=batches), monitor, epochs=2)
     assert monitor.history["step"] == [4, 8]
 
 

@@ -47,12 +47,11 @@ class Average:
         """Returns whether the average moves at a step, and the weight of the newest iterate.
 
         Args:
-            step: Integer tensor, the shared counter.
+            step: Integer or integer tensor, the shared counter.
             stepped: Bool or boolean tensor: whether the optimizer took the step.
         """
-        t = step - self.origin
-        moves = ops.logical_and(stepped, self.rule.moves_at(t))
-        return moves, self.rule.weight(t, self.rule.update_every)
+        t = step - backend.scalar(self.origin)
+        return stepped & self.rule.moves_at(t), self.rule.weight(t, self.rule.update_every)
 
     def mirror(self):
         """Makes the average a copy of the raw model, bit for bit."""
@@ -95,8 +94,9 @@ def move(moves):
     backend.update([(pairing.averaged, weight) for pairing, weight in moves])
     for pairing, weight in moves:
         backend.assign(pairing.from_masters(), weight)
-    copied = [(pairing, ops.cast(weight > 0, "float64")) for pairing, weight in moves]
-    backend.update([(pairing.mirrored, weight) for pairing, weight in copied])
+    copied = [(p.mirrored, ops.cast(weight > 0, "float64")) for p, weight in moves if p.mirrored]
+    if copied:
+        backend.update(copied)
     for pairing, weight in moves:
         backend.assign([(p.average, p.raw) for p in pairing.copied], weight)
 

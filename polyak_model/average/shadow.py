@@ -129,10 +129,10 @@ class Shadow(keras.layers.Layer):
         """
         with backend.device(self.device), backend.double_precision():
             # Computed from the step before, the weights need not wait for the optimizer.
-            step = self.step + 1
+            stepped, step = backend.scalar(stepped), backend.scalar(self.step) + 1
             averages = self.averages.values()
             moves = [average.move_at(step, stepped) for average in averages]
-            self.step.assign(ops.where(stepped, step, step - 1))
+            self.step.assign(_select(stepped, step, step - 1))
             # Outside of conditions, in which replicas cannot wait for each other.
             pairings = [average.pairing.synchronized() for average in averages]
             at_every_step = []
@@ -140,14 +140,15 @@ class Shadow(keras.layers.Layer):
                 if average.rule.update_every > 1:
                     backend.when(moving, lambda pairing=pairing, w=weight: move([(pairing, w)]))
                 else:
-                    weight = weight if may_skip else ops.where(moving, weight, 0.0)
+                    weight = weight if may_skip else _select(moving, weight, 0.0)
                     at_every_step.append((pairing, weight))
             if may_skip:
                 backend.when(stepped, lambda: move(at_every_step))
             else:
                 move(at_every_step)
             excluded = [(p.average, p.raw) for pairing in pairings for p in pairing.excluded]
-            backend.assign(excluded, ops.cast(stepped, "float64"))
+            if excluded:
+                backend.assign(excluded, ops.cast(stepped, "float64"))
 
     def catch_up(self, training=False):
         """Brings the averages up to date with the raw weights, before they are used.
@@ -210,3 +211,10 @@ class Shadow(keras.layers.Layer):
     def load_own_variables(self, store):
         described, self.described = self.described, None
         state.load(self, *(format_1.read(self, store) if described is None else (store, described)))
+
+
+def _select(condition, one, other):
+    # Of Python's numbers, Keras would make float32 tensors.
+    if isinstance(condition, bool):
+        return one if condition else other
+    return ops.where(condition, one, other)

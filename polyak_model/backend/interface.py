@@ -37,6 +37,7 @@ MODULES = {
         "lift",
         "outside_trace",
         "runs_eagerly",
+        "scalar",
         "symbolic",
         "traces_for_export",
         "variables_are_current",
@@ -288,6 +289,14 @@ def compiled(function: Callable) -> Callable:
 
 def double_precision() -> contextlib.AbstractContextManager:
     """Returns a context in which tensors of dtype `float64` have 64 bits."""
+
+
+def scalar(value: keras.Variable | Tensor | bool | int) -> Tensor | bool | int:
+    """Returns a scalar for arithmetic: a number of Python's where tensors are slower, else itself.
+
+    Args:
+        value: An integer or boolean, as a scalar variable, a tensor or a number.
+    """
 
 
 def runs_eagerly() -> bool:

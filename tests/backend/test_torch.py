@@ -18,7 +18,13 @@ from models import (
     make_classifier,
 )
 
-from polyak_model import ExponentialAverage, PolyakModel, UniformAverage, clone_model
+from polyak_model import (
+    ExponentialAverage,
+    PolyakModel,
+    PowerAverage,
+    UniformAverage,
+    clone_model,
+)
 
 if keras.backend.backend() != "torch":
     pytest.skip("for PyTorch", allow_module_level=True)
@@ -86,6 +92,59 @@ def test_a_custom_step_trains_as_it_does_bare(batches):
     (expected, logs), (received, wrapped_logs) = fit(False), fit(True)
     assert_identical(expected, received)
     assert logs == wrapped_logs
+
+
+class Adversarial(keras.Model):
+    """Two nets and their optimizers, trained in turns by a step of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input((2,)), keras.layers.Dense(6)])
+        self.critic = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, use_bias=False)])
+        self.critic_optimizer = keras.optimizers.RMSprop(0.01)
+
+    def call(self, x):
+        return self.critic(self.generator(x[:, :2]))
+
+    def train_step(self, data):
+        x, _ = data
+        losses = {}
+        for net, optimizer, sign in (
+            (self.critic, self.critic_optimizer, 1),
+            (self.generator, self.optimizer, -1),
+        ):
+            self.zero_grad()
+            loss = sign * (self(x) - self.critic(x)).mean()
+            loss.backward()
+            weights = net.trainable_weights
+            with torch.no_grad():
+                optimizer.apply([weight.value.grad for weight in weights], weights)
+            losses[net.name] = loss.detach()
+        return dict(zip(("critic_loss", "generator_loss"), losses.values(), strict=True))
+
+
+def test_a_step_of_two_optimizers_trains_as_it_does_bare_and_moves_both_averages(batches):
+    def fit(wrap):
+        keras.utils.set_random_seed(3)
+        inner = Adversarial()
+        model = PolyakModel(inner, UniformAverage()) if wrap else inner
+        model.compile(keras.optimizers.Adam(0.01))
+        iterates = []
+        record = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: iterates.append(inner.get_weights())
+        )
+        history = model.fit(*batches, batch_size=8, epochs=2, verbose=0, callbacks=[record])
+        return model, iterates, history.history
+
+    (_, expected, logs), (model, received, wrapped_logs) = fit(False), fit(True)
+    for one, other in zip(expected, received, strict=True):
+        assert_identical(one, other)
+    assert logs == wrapped_logs
+    assert not any(map(np.array_equal, expected[0], expected[-1]))
+    # Each batch takes a step of both optimizers, after which the average moves once.
+    assert model.average_step == 16
+    mean = [np.mean(values, axis=0) for values in zip(*received, strict=True)]
+    assert_close(mean, model.average_model.get_weights(), ulps=8)
 
 
 def test_a_custom_step_moves_the_average(batches):
@@ -196,6 +255,18 @@ def test_a_state_dict_restores_raw_and_average_weights(batches):
     assert_identical(model.get_weights(), other.get_weights())
 
 
+def test_every_variable_of_two_wrappers_in_a_larger_model_has_a_path_of_its_own():
+    average = {"short": 0.9, "long": UniformAverage()}
+    parts = [PolyakModel(make_classifier(), average, compensated=True) for _ in range(2)]
+    x = keras.Input((6,))
+    whole = keras.Model(x, keras.layers.Add()([part(x) for part in parts]))
+    whole.compile("adam", "mse")
+    paths = [variable.path for variable in whole.variables]
+    assert len({*paths}) == len(paths)
+    tree = whole.get_state_tree(value_format="numpy_array")["non_trainable_variables"]
+    assert [tree[part.name]["average"]["step"] for part in parts] == [0, 0]
+
+
 def test_a_state_dict_of_a_larger_model_holds_every_weight_of_its_parts(batches):
     inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
     part = PolyakModel(inner, UniformAverage())
@@ -278,20 +349,34 @@ def test_a_model_that_only_its_first_step_builds_is_refused():
         model.train_on_batch(X, X)
 
 
+def make_linear():
+    """Makes a model that the default compiler compiles in seconds."""
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, activation="softmax")])
+
+
 @pytest.mark.slow
-# The compiler looks at the gradients of all tensors.
+# The compiler looks at the gradients of all tensors, and imports modules of its own that warn.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_training_gives_what_bare_compiled_training_gives(batches, monkeypatch):
-    # The graph is captured as for the default compiler, which takes a minute.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    bare = compile_classifier(make_classifier(), jit_compile=True)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "compiler"),
+    # For the first, the graph is captured as for the default compiler, which takes a minute.
+    [(make_classifier, "eager"), (make_linear, "inductor")],
+)
+def test_compiled_training_gives_what_bare_compiled_training_gives(
+    make, compiler, batches, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    bare = compile_classifier(make(), jit_compile=True)
     bare.fit(*batches, batch_size=8, verbose=0, shuffle=False)
-    rule = ExponentialAverage(0.9)
-    model = PolyakModel(compile_classifier(make_classifier(), jit_compile=True), rule)
+    rules = {"exponential": ExponentialAverage(0.9), "power": PowerAverage(gamma=3)}
+    model = PolyakModel(compile_classifier(make(), jit_compile=True), rules)
     start, iterates = fit_recorded(model, batches, shuffle=False)
     assert_identical(bare.get_weights(), model.raw_model.get_weights())
-    expected = closed_forms.average(rule, start, iterates)
-    assert_close(expected, model.average_model.get_weights(), ulps=4)
+    for name, rule in rules.items():
+        expected = closed_forms.average(rule, start, iterates)
+        assert_close(expected, model.average_models[name].get_weights(), ulps=4)
 
 
 @pytest.mark.parametrize("route", ["average", "raw", "ensemble"])

@@ -243,18 +243,6 @@ def test_applying_the_average_is_no_step(batches):
     assert part.average_step == 0
 
 
-def test_every_variable_has_a_path_of_its_own(batches):
-    one = PolyakModel(make_part(), {"short": 0.9, "long": UniformAverage()}, compensated=True)
-    other = PolyakModel(make_part())
-    x = keras.Input((6,))
-    whole = keras.Model(x, layers.Add()([one(x), other(x)]))
-    whole.compile("adam", "mse")
-    paths = [variable.path for variable in whole.variables]
-    assert len({*paths}) == len(paths)
-    tree = whole.get_state_tree(value_format="numpy_array")["non_trainable_variables"]
-    np.testing.assert_array_equal(tree[other.name]["average"]["step"], 0)
-
-
 # Mean teacher
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "lift",
     "outside_trace",
     "runs_eagerly",
+    "scalar",
     "symbolic",
     "traces_for_export",
     "updates_dropped",
@@ -70,6 +71,10 @@ def double_precision():
 
 def runs_eagerly():
     return variables_are_current() and trace_state_clean()
+
+
+def scalar(value):
+    return value
 
 
 def variables_are_current():

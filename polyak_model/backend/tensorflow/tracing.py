@@ -17,6 +17,7 @@ __all__ = [
     "lift",
     "outside_trace",
     "runs_eagerly",
+    "scalar",
     "symbolic",
     "traces_for_export",
     "variables_are_current",
@@ -45,6 +46,10 @@ def double_precision():
 
 def runs_eagerly():
     return tf.executing_eagerly()
+
+
+def scalar(value):
+    return value
 
 
 def variables_are_current():

@@ -7,6 +7,7 @@ import torch
 
 from polyak_model.backend.common import is_differentiated, symbolic
 from polyak_model.backend.keras_internals import in_stateless_scope
+from polyak_model.backend.torch.values import value_of
 
 __all__ = [
     "compiled",
@@ -16,6 +17,7 @@ __all__ = [
     "lift",
     "outside_trace",
     "runs_eagerly",
+    "scalar",
     "symbolic",
     "traces_for_export",
     "variables_are_current",
@@ -38,6 +40,10 @@ def double_precision():
 
 def runs_eagerly():
     return not torch.compiler.is_compiling()
+
+
+def scalar(value):
+    return value if isinstance(value, int) else value_of(value).item()
 
 
 def variables_are_current():

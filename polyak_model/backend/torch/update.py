@@ -8,26 +8,27 @@ import torch
 
 from polyak_model.backend.torch.values import value_of
 
-# Up to this many elements PyTorch uses one thread, and a call takes longer than its arithmetic.
-TOGETHER = 2**15
+# Up to this many elements, a call takes longer than its arithmetic, and than a copy for the check.
+SMALL = 2**15
+# So many are copied at once.
+TOGETHER = 2**20
 
 
 @torch.no_grad()
 def update(updates):
-    moves = [(pairs, float(weight)) for pairs, weight in updates]
-    moves = [(pairs, c) for pairs, c in moves if pairs and c > 0]
+    moves = [(pairs, float(weight)) for pairs, weight in updates if pairs]
+    moves = [(pairs, c) for pairs, c in moves if c > 0]
     if not moves:
         return
-    targets = [[value_of(pair.target) for pair in pairs] for pairs, _ in moves]
-    raw = [value_of(pair.raw) for pair in moves[0][0]]
-    iterates = [_like(a, w) for a, w in zip(targets[0], raw, strict=True)]
-    for indices in _parts(iterates):
-        w = [iterates[i] for i in indices]
+    targets = [_tensors(pair.target for pair in pairs) for pairs, _ in moves]
+    iterates = _like(targets[0], _tensors(pair.raw for pair in moves[0][0]))
+    for part in _parts(iterates):
+        w = iterates[part]
         moderate = all(map(_are_moderate, _flattened(w)))
         for (pairs, c), averages in zip(moves, targets, strict=True):
-            a = [averages[i] for i in indices]
+            a = averages[part]
             if pairs[0].residual is not None:
-                r = [value_of(pairs[i].residual) for i in indices]
+                r = _tensors(pair.residual for pair in pairs[part])
                 update = _update_compensated if moderate and c < 1 else _update_any_compensated
                 update(c, w, a, r)
             elif moderate and c < 1:
@@ -36,38 +37,48 @@ def update(updates):
                 _update_any(c, w, a)
 
 
-def _like(a, w):
-    return w if w.dtype == a.dtype and w.device == a.device else w.to(a)
+def _tensors(variables):
+    # `value_of` for hundreds of variables at each step would take as long as their update.
+    return [getattr(variable, "_value", variable) for variable in variables]
+
+
+def _like(averages, raw):
+    """Returns raw weights with the dtypes and on the devices of their averages."""
+    tensors = averages + raw
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == len(set(map(torch.Tensor.get_device, tensors))) == 1:
+        return raw
+    return [w.to(a) for a, w in zip(averages, raw, strict=True)]
 
 
 def _parts(tensors):
-    """Yields lists of the indices of tensors to treat together."""
-    part, elements = [], 0
-    for i, tensor in enumerate(tensors):
-        if part and elements + tensor.numel() > TOGETHER:
-            yield part
-            part, elements = [], 0
-        part.append(i)
-        elements += tensor.numel()
-    yield part
+    """Yields slices of tensors to treat together: some small ones, or a large one."""
+    begin, elements = 0, 0
+    sizes = (size if size <= SMALL else TOGETHER for size in map(torch.numel, tensors))
+    for i, size in enumerate(sizes):
+        if i > begin and elements + size > TOGETHER:
+            yield slice(begin, i)
+            begin, elements = i, 0
+        elements += size
+    yield slice(begin, len(tensors))
 
 
 def _flattened(tensors):
     """Yields all values as one flat tensor for each dtype."""
+    if len(tensors) == 1:
+        yield tensors[0]
+        return
     for dtype in {tensor.dtype for tensor in tensors}:
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        yield group[0] if len(group) == 1 else torch._utils._flatten_dense_tensors(group)
+        yield torch._utils._flatten_dense_tensors(group)
 
 
 def _are_moderate(values):
     """Returns whether all are finite, and so small that no difference from them overflows."""
-    if not values.numel():
-        return True
-    # Less than half of what separates the largest numbers: added to those, it is rounded off.
+    # Less than half of what separates the largest numbers: added to those, it is rounded off. No
+    # value exceeds the norm, which takes one pass and is NaN where a value is.
     info = torch.finfo(values.dtype)
-    limit = info.max * info.eps / 8
-    low, high = values.aminmax()
-    return bool((-limit < low) & (high < limit))
+    return torch.linalg.vector_norm(values).item() < info.max * info.eps / 8
 
 
 def _update_any(c, iterates, averages):
