@@ -7,6 +7,8 @@ Source: Karras et al. 2022, Elucidating the design space of diffusion-based gene
 models, table 1 and algorithm 1.
 """
 
+import itertools
+
 import keras
 import numpy as np
 from keras import layers
@@ -48,7 +50,7 @@ def build_model(rate, seed, units=128):
     return model
 
 
-def _scales(level):
+def scales(level):
     """Returns the factors of the digits, the net and its input at each noise level."""
     total = np.sqrt(level**2 + 0.25)
     return 0.25 / total**2, 0.5 * level / total, 1 / total
@@ -59,7 +61,7 @@ def pairs(digits, generator):
     exponent = np.float32(generator.normal(_LEVEL_MEAN, _LEVEL_SPREAD, (len(digits), 1)))
     level = np.exp(exponent)
     noisy = digits + level * generator.standard_normal(digits.shape, "float32")
-    skip, out, scale = _scales(level)
+    skip, out, scale = scales(level)
     return (scale * noisy, exponent / 4), (digits - skip * noisy) / out
 
 
@@ -90,7 +92,7 @@ def sample(model, count, seed, steps=18):
     ends = _HIGHEST ** (1 / _CURVE), _LOWEST ** (1 / _CURVE)
     levels = np.append(np.linspace(*ends, steps) ** _CURVE, 0)
     x = levels[0] * np.random.default_rng(seed).normal(size=(count, PIXELS))
-    for level, following in zip(levels, levels[1:], strict=False):
+    for level, following in itertools.pairwise(levels):
         slope = _slope(model, x, level)
         step = x + (following - level) * slope
         if following > 0:
@@ -100,7 +102,7 @@ def sample(model, count, seed, steps=18):
 
 
 def _slope(model, x, level):
-    skip, out, scale = _scales(level)
+    skip, out, scale = scales(level)
     exponents = np.full((len(x), 1), np.log(level) / 4, "float32")
     answer = np.float64(model.predict_on_batch([np.float32(scale * x), exponents]))
     return (x - (skip * x + out * answer)) / level

@@ -14,7 +14,6 @@ from sklearn.datasets import load_diabetes
 
 from polyak_model.cli.demo.images import split
 
-
 WIDTHS = (64, 32)  # Of the hidden layers of dense nets.
 
 

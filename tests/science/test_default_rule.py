@@ -93,7 +93,7 @@ class Certain:
 
     def predict_on_batch(self, inputs):
         scaled, level = inputs[0], np.exp(4 * np.float64(inputs[1]))
-        skip, out, scale = diffusion._scales(level)
+        skip, out, scale = diffusion.scales(level)
         return (self.digit - skip * scaled / scale) / out
 
 
