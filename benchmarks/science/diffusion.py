@@ -117,5 +117,7 @@ def sliced_distance(x, y, directions=500):
     unit = np.random.default_rng(0).normal(size=(x.shape[1], directions))
     unit /= np.linalg.norm(unit, axis=0)
     levels = (np.arange(1_000) + 0.5) / 1_000
-    one, other = (np.quantile(points @ unit, levels, axis=0) for points in (x, y))
+    one, other = (
+        np.sort(points @ unit, axis=0)[(levels * len(points)).astype(int)] for points in (x, y)
+    )
     return float(np.sqrt(np.mean((one - other) ** 2)))

@@ -94,15 +94,15 @@ SETTINGS = {
     "short": functools.partial(dense, epochs=2),
     "long": functools.partial(dense, epochs=24),
     "short, noisy labels": functools.partial(dense, epochs=2, share=0.4),
-    "long, noisy labels": functools.partial(dense, epochs=16, share=0.4),
-    "cosine": functools.partial(dense, epochs=10, schedule="cosine"),
-    "small batches": functools.partial(dense, epochs=3, rate=0.00625, batch_size=4),
+    "long, noisy labels": functools.partial(dense, epochs=12, share=0.4),
+    "cosine": functools.partial(dense, epochs=8, schedule="cosine"),
+    "small batches": functools.partial(dense, epochs=2, rate=0.00625, batch_size=4),
     "large batches": functools.partial(dense, epochs=30, rate=0.2, batch_size=500),
-    "BatchNormalization": functools.partial(normalized, epochs=8),
+    "BatchNormalization": functools.partial(normalized, epochs=5),
     "fine-tuning": functools.partial(fine_tuned, epochs=5),
     "regression": functools.partial(regression, epochs=40),
     "short diffusion": functools.partial(generative, steps=1_000),
-    "long diffusion": functools.partial(generative, steps=6_000),
+    "long diffusion": functools.partial(generative, steps=4_000),
 }
 
 
