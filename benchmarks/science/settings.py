@@ -25,7 +25,7 @@ class Training:
         model: A compiled model.
         arguments: Dict, the arguments of its `fit`.
         steps: Int, the number of optimizer steps.
-        held_out: Tuple, the arguments of its `evaluate`.
+        held_out: Tuple, inputs and targets to score on.
     """
 
     model: keras.Model
@@ -94,15 +94,15 @@ SETTINGS = {
     "short": functools.partial(dense, epochs=2),
     "long": functools.partial(dense, epochs=24),
     "short, noisy labels": functools.partial(dense, epochs=2, share=0.4),
-    "long, noisy labels": functools.partial(dense, epochs=12, share=0.4),
-    "cosine": functools.partial(dense, epochs=8, schedule="cosine"),
-    "small batches": functools.partial(dense, epochs=2, rate=0.00625, batch_size=4),
+    "long, noisy labels": functools.partial(dense, epochs=8, share=0.4),
+    "cosine": functools.partial(dense, epochs=5, schedule="cosine"),
+    "small batches": functools.partial(dense, epochs=1, rate=0.00625, batch_size=4),
     "large batches": functools.partial(dense, epochs=30, rate=0.2, batch_size=500),
-    "BatchNormalization": functools.partial(normalized, epochs=5),
+    "BatchNormalization": functools.partial(normalized, epochs=3),
     "fine-tuning": functools.partial(fine_tuned, epochs=5),
-    "regression": functools.partial(regression, epochs=40),
-    "short diffusion": functools.partial(generative, steps=1_000),
-    "long diffusion": functools.partial(generative, steps=4_000),
+    "regression": functools.partial(regression, epochs=20),
+    "short diffusion": functools.partial(generative, steps=500),
+    "long diffusion": functools.partial(generative, steps=2_000),
 }
 
 
