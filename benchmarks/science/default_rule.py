@@ -9,9 +9,10 @@ more than the last iterates of a long one.
 In each setting of `settings.py` one training per seed keeps the averages of all rules.
 The regret of a rule is its held-out score minus that of the rule that is best in this
 setting, by the mean over the seeds. The differences are within a run, and their standard
-errors are over the seeds. All settings were fixed before the first result was seen. The
-averages of the last half and quarter must know the number of steps in advance, so they
-cannot be a default. BatchNormalization statistics are averaged, not refreshed.
+errors are over the seeds. The settings are meant to be different, and short enough to run
+in minutes; none was chosen by its result. The averages of the last half and quarter must
+know the number of steps in advance, so they cannot be a default. BatchNormalization
+statistics are averaged, not refreshed.
 
 The score is the negative log-likelihood (NLL) per label, or per predicted number where
 the loss is a squared error: `log(loss) / 2`. Under random labels see the accuracy too,

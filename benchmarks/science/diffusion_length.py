@@ -36,7 +36,7 @@ SHOWN = 12
 
 def main(arguments=None):
     parser = mnist.parser(__doc__.splitlines()[0], seeds=3, plot="diffusion_length.png")
-    parser.add_argument("--steps", type=int, nargs="+", default=[300, 1_200, 4_800])
+    parser.add_argument("--steps", type=int, nargs="+", default=[300, 1_200, 3_600])
     parser.add_argument("--samples", type=int, default=1_000)
     options = parser.parse_args(arguments)
     seeds = range(options.seed, options.seed + options.seeds)
@@ -89,8 +89,8 @@ def measure(steps, seed, samples):
         for width in WIDTHS:
             rule = PowerAverage.from_relative_width(width)
             snapshots.rebuild(folder, rule, rebuilt)
-            model.raw_model.load_weights(rebuilt)
-            score(model.raw_model)
+            model.average_model.load_weights(rebuilt)
+            score(model.average_model)
             rebuilt.unlink()
     return scores, drawn
 
