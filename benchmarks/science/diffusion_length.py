@@ -25,7 +25,7 @@ import mnist
 import numpy as np
 from matplotlib.figure import Figure
 
-from polyak_model import AverageSnapshots, PolyakModel, PowerAverage, snapshots
+from polyak_model import AverageSnapshots, PolyakModel, PowerAverage, clone_model, snapshots
 from polyak_model.cli.tables import print_table
 
 WIDTHS = (0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
@@ -85,12 +85,14 @@ def measure(steps, seed, samples):
         arguments = {"batch_size": diffusion.BATCH_SIZE, "shuffle": False, "verbose": 0}
         model.fit(x, y, callbacks=[snapshot], **arguments)
         score(model.raw_model)
-        rebuilt = pathlib.Path(folder, "rebuilt.weights.h5")
+        # Uncompiled, since the file contains no optimizer.
+        loaded, rebuilt = clone_model(model.raw_model), pathlib.Path(folder, "rebuilt.weights.h5")
         for width in WIDTHS:
             rule = PowerAverage.from_relative_width(width)
             snapshots.rebuild(folder, rule, rebuilt)
-            model.average_model.load_weights(rebuilt)
-            score(model.average_model)
+            loaded.load_weights(rebuilt)
+            model.raw_model.set_weights(loaded.get_weights())
+            score(model.raw_model)
             rebuilt.unlink()
     return scores, drawn
 

@@ -32,6 +32,7 @@ from polyak_model import (
     PolyakModel,
     PowerAverage,
     UniformAverage,
+    clone_model,
     snapshots,
 )
 from polyak_model.cli.tables import print_table
@@ -101,13 +102,14 @@ def measure(net, seed, images=None):
             for path, count in zip(folders, COUNTS, strict=True)
         ]
         model = train(NETS[net](seed, images), PowerAverage.pair(), *callbacks)
-        path = pathlib.Path(folder, "rebuilt.weights.h5")
+        # Uncompiled, since the file contains no optimizer.
+        loaded, path = clone_model(model.raw_model), pathlib.Path(folder, "rebuilt.weights.h5")
         for c, n in np.ndindex(errors.shape[:2]):
             name = f"rule_{n}"
             told = snapshots.rebuild(folders[c], rules[name], path, max_error=1)
-            model.average_model.load_weights(path)
+            loaded.load_weights(path)
             path.unlink()
-            rebuilt, true = flat(model.average_model), flat(kept.average_models[name])
+            rebuilt, true = flat(loaded), flat(kept.average_models[name])
             measured = np.linalg.norm(rebuilt - true) / np.linalg.norm(true - raw)
             errors[c, n] = told.walk_error, measured
     return errors
