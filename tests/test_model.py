@@ -272,6 +272,20 @@ def make_small():
     return keras.Sequential([keras.Input((2,)), layers.Dense(1)])
 
 
+@pytest.mark.parametrize("steps", [10, 1_000, 100_000])
+def test_the_default_average_remembers_the_same_fraction_of_every_run(steps):
+    # A decay of 0.999 would average all of a short run, and the last 1 % of a long one.
+    rule = PolyakModel(make_small()).rule
+    assert rule == PowerAverage.from_relative_width(0.15)
+    assert rule.mean_age(steps) == pytest.approx(0.18 * steps, rel=0.02, abs=0.5)
+
+
+def test_a_file_keeps_its_rule_whatever_the_default(tmp_path):
+    PolyakModel(make_small(), 0.999).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.rule == ExponentialAverage(0.999)
+
+
 def test_every_constructor_argument_goes_through_the_config():
     arguments = {
         "average": ExponentialAverage(0.5, debias=False),

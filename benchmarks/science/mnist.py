@@ -78,7 +78,7 @@ def steps_per_epoch(examples):
     return math.ceil(examples / BATCH_SIZE)
 
 
-def build_model(schedule, rate, steps, seed):
+def build_model(schedule, rate, steps, seed, widths=(256, 128)):
     """Seeds Keras, then builds and compiles a small dense net; equal seeds give equal iterates.
 
     Args:
@@ -86,6 +86,7 @@ def build_model(schedule, rate, steps, seed):
         rate: Float, the learning rate of SGD with momentum at the first step.
         steps: Int, optimizer steps until the cosine reaches 0.
         seed: Int, seed of the initial weights and the order of the examples.
+        widths: Ints, the units of the hidden layers. Defaults to `(256, 128)`.
 
     Returns:
         A compiled `keras.Sequential`.
@@ -93,7 +94,7 @@ def build_model(schedule, rate, steps, seed):
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten()])
-    for units in (256, 128):
+    for units in widths:
         model.add(layers.Dense(units, activation="relu"))
     model.add(layers.Dense(CLASSES, activation="softmax"))
     if schedule == "cosine":
