@@ -21,6 +21,25 @@ from polyak_model.weight_files.reader import open_weights
 _visited = contextvars.ContextVar("visited", default=(None, ()))
 
 
+class _Ordered(str):
+    """A name of an attribute that Keras, which sorts them, visits in a given order.
+
+    The raw model is loaded before averages that share weights with it.
+    """
+
+    __slots__ = ("order",)
+
+    def __lt__(self, other):
+        return self.order < other.order
+
+
+def _in_order(names):
+    ordered = list(map(_Ordered, names))
+    for order, name in enumerate(ordered):
+        name.order = order
+    return ordered
+
+
 class SaveableModel(keras.Model):
     """Saves and loads as any Keras model does, and loses nothing when that fails."""
 
@@ -50,11 +69,19 @@ class SaveableModel(keras.Model):
         backend.sync(self)
         self.shadow.catch_up()  # Keras swallows what a property raises while it collects the state.
         save = super().save
-        if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
-            save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
-        else:
-            with atomic_file(filepath, size_in_file(self)) as partial:
-                save(partial, **kwargs)
+        with self._file_ended():
+            if zipped is False or not _is_written_here(filepath, ".keras", overwrite):
+                save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+            else:
+                with atomic_file(filepath, size_in_file(self)) as partial:
+                    save(partial, **kwargs)
+
+    @contextlib.contextmanager
+    def _file_ended(self):
+        try:
+            yield
+        finally:
+            self.shadow.end_file()
 
     def __dir__(self):
         # Keras visits the attributes that `dir` lists, right after it has called one of the two
@@ -71,11 +98,12 @@ class SaveableModel(keras.Model):
         self.shadow.catch_up()
         store[layout.DESCRIPTION] = layout.encode(self.shadow.describe())
         groups = map(layout.average_group, self.shadow.averages)
-        _visited.set((self, [*groups, layout.RAW, layout.STATE]))
+        self.shadow.begin_saving()
+        _visited.set((self, _in_order([layout.RAW, *groups, layout.STATE])))
 
     def load_own_variables(self, store):
         _visited.set((self, ()))  # Nothing is loaded if this fails.
-        self.shadow.described = None
+        self.shadow.begin_loading(None)
         if layout.DESCRIPTION not in set(store.keys()):
             groups = layout.layer_groups_of_format_1(type(self.raw_model).__name__)
             self.__dict__.update(zip(groups, (self.raw_model, self.shadow), strict=True))
@@ -84,10 +112,10 @@ class SaveableModel(keras.Model):
         described = layout.decode(store[layout.DESCRIPTION])
         layout.check_names(described, list(self.shadow.averages))
         layout.check_compensated(described, self.shadow.compensated)
-        self.shadow.described = described
+        self.shadow.begin_loading(described)
         common = [name for name in described["averages"] if name in self.shadow.averages]
         groups = map(layout.average_group, common)
-        _visited.set((self, [*groups, layout.RAW, layout.STATE]))
+        _visited.set((self, _in_order([layout.RAW, *groups, layout.STATE])))
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """Saves the weights of both models, the optimizer and the step, in `.weights.h5`.
@@ -107,12 +135,13 @@ class SaveableModel(keras.Model):
         backend.sync(self)
         self.shadow.catch_up()
         save_weights = super().save_weights
-        if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
-            save_weights(filepath, overwrite=overwrite, **kwargs)
-        else:
-            with atomic_file(filepath, size_in_file(self)) as partial:
-                save_weights(partial)
-                self._backups.record(filepath, partial)
+        with self._file_ended():
+            if kwargs or not _is_written_here(filepath, ".weights.h5", overwrite):
+                save_weights(filepath, overwrite=overwrite, **kwargs)
+            else:
+                with atomic_file(filepath, size_in_file(self)) as partial:
+                    save_weights(partial)
+                    self._backups.record(filepath, partial)
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
         """Loads what `save` or `save_weights` wrote: both models, optimizer, step and seeds.
@@ -131,7 +160,7 @@ class SaveableModel(keras.Model):
         self._check_built("load_weights")
         if os.path.isfile(filepath):
             self._check_file(filepath, skip_mismatch)
-        with self._unchanged_on_failure():
+        with self._file_ended(), self._unchanged_on_failure():
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def _check_file(self, filepath, skip_mismatch):
