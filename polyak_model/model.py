@@ -1,6 +1,7 @@
 """PolyakModel: a model, and beside it running averages of its weights."""
 
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -385,6 +386,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             )
         average = refreshed.model
         layers = batch_norm.find_layers(average, trained=self.raw_model)
+        shared = {id(p.raw) for p in refreshed.pairing.shared}
+        layers = [layer for layer in layers if id(layer.moving_mean) not in shared]
         if layers:
             settings = {"batch_size": batch_size, "verbose": verbose}
             refreshed.replace(batch_norm.measure(average, layers, data, steps, **settings))
@@ -637,6 +640,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         clone_function = config["clone_function"]
         if clone_function:
             config["clone_function"] = cloning.matching(config["model"], clone_function)
-        wrapper = cls(**config)
+        with warnings.catch_warnings():
+            # A config need not say what was frozen: the kernel under LoRA in attention, for one.
+            warnings.filterwarnings("ignore", message="Nothing is shared by share_frozen=True")
+            wrapper = cls(**config)
         vars(wrapper)["clone_function"] = clone_function  # As it was passed by the user.
         return wrapper
