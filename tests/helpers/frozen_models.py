@@ -25,13 +25,14 @@ class Counter(layers.Layer):
         return inputs - self.constant
 
 
-def make_frozen(change=lambda model: None, compiled=True, **settings):
+def make_frozen(change=lambda model: None, compiled=True, mode=None):
     """Makes a classifier on a frozen body, with statistics of each kind.
 
     Args:
         change: Called with the model before it is compiled.
         compiled: Bool.
-        **settings: Arguments of `compile`.
+        mode: Arguments of `compile`. Defaults to None: eager execution, since
+            tracing takes longer than these trainings.
     """
     keras.utils.set_random_seed(1)
     body = keras.Sequential(
@@ -57,7 +58,8 @@ def make_frozen(change=lambda model: None, compiled=True, **settings):
     )
     change(model)
     if compiled:
-        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"], **settings)
+        mode = {"run_eagerly": True} if mode is None else mode
+        model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"], **mode)
     return model
 
 
