@@ -1,7 +1,10 @@
 """Weights that are frozen at wrapping are variables of the raw model and of its averages."""
 
 import copy
+import json
 import pickle
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -310,3 +313,46 @@ def test_replicas_share(strategy):
         fit(each)
     assert_identical(values_of(bare.weights), values_of(model.raw_model.weights))
     assert names_of(shared_of(model)) == SHARED[enable_lora]
+
+
+MEASURE = """
+import gc, json, os
+import keras
+import numpy as np
+from polyak_model import PolyakModel
+
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def trained(model):
+    x, y = np.ones((8, 64), "float32"), np.ones((8, 3), "float32")
+    model.fit(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    return resident(), sum(v.numpy().nbytes for v in model.variables)
+
+layers = [keras.layers.Dense(units) for units in (6000, 8000, 3)]
+inner = keras.Sequential([keras.Input((64,)), *layers])
+for layer in layers[:2]:
+    layer.trainable = False
+inner.compile("adam", "mse")
+bare = trained(inner)
+received = trained(PolyakModel(inner, 0.9, share_frozen={share}))
+print(json.dumps([after - before for before, after in zip(bare, received)]))
+"""
+
+
+@pytest.mark.tensorflow
+@pytest.mark.memory
+@pytest.mark.processes
+@pytest.mark.parametrize("share", [True, False])
+def test_a_frozen_part_of_192_mb_adds_less_than_60_mb(share):
+    command = [sys.executable, "-c", MEASURE.replace("{share}", str(share))]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    resident, variables = json.loads(output)
+    if share:
+        assert resident < 60 * 10**6
+        assert variables < 10**6
+    else:  # So the measurement would tell.
+        assert min(resident, variables) > 150 * 10**6
