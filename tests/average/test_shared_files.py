@@ -185,7 +185,8 @@ def test_averages_can_be_added_to_and_left_out_of_a_file(tmp_path):
 
 def test_a_larger_model_saves_and_loads_a_part_that_shares(tmp_path):
     def make():
-        part = wrap(enable_lora)
+        inner = make_frozen(enable_lora, compiled=False)
+        part = PolyakModel(inner, SEVERAL, share_frozen=True)
         inputs = keras.Input((6,))
         larger = keras.Model(inputs, part(inputs))
         larger.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
