@@ -230,7 +230,7 @@ def test_a_model_that_is_built_by_its_first_batch_shares():
     assert {id(v) for v in shared_of(model)} == {id(v) for v in frozen.weights}
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, clone_model, lambda m: roundtrip(m)])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: roundtrip(model)])
 def test_copies_share_among_themselves_and_not_with_the_original(duplicate):
     model = wrap(enable_lora, SEVERAL)
     fit(model)
@@ -273,7 +273,7 @@ def test_a_model_with_everything_frozen_is_refused():
     def freeze(model):
         model.trainable = False
 
-    with pytest.raises(ValueError, match="leaves nothing to average: all 18 weights"):
+    with pytest.raises(ValueError, match="leaves nothing to average: all 16 weights"):
         wrap(freeze)
 
 
