@@ -46,7 +46,7 @@ def loading(pairings, described):
         pairings: The `Pairing` of each average of a model.
         described: The description of the file, see `layout.describe`.
     """
-    is_shared = bool(described["shared"])
+    is_shared = bool(described.get("shared"))
     with contextlib.ExitStack() as stack:
         for raw, averages in _layers(pairings):
             shared = _shared_ids(pairings, raw)

@@ -15,12 +15,12 @@ A file of weights has these groups; in a `.keras` file they are in its
 
 A single average is called `average`. The description has the keys `format`,
 `version`, `run`, `averages` (rules by name, the first average first),
-`compensated`, `weights`, `excluded` and `shared`, lists of positions.
+`compensated`, `weights` and `excluded`.
 
 Weights that averages share with the raw model are in its group alone. Where a
 layer has LoRA then, `vars` contains its kernel as it is, the factors by their
-names and `lora_alpha`, in all groups. The description has the key `shared`, and
-the format is `FORMAT_IF_SHARED`, so that earlier versions refuse the file.
+names and `lora_alpha`, in all groups. The description has the key `shared` then,
+and the format is `FORMAT_IF_SHARED`, so that earlier versions refuse the file.
 
 In format 1, the groups of a single average were `average_model`, `layers/<class
 of the raw model>` and `layers/shadow`, named by Keras after the class `Shadow`;
@@ -135,6 +135,7 @@ def describe(rules, run, compensated, weights, excluded=(), shared=()):
     Returns:
         A dict that can be encoded as JSON.
     """
+    sharing = {"shared": list(shared)} if shared else {}
     return {
         "format": FORMAT_IF_SHARED if shared else FORMAT,
         "version": polyak_model.__version__,
@@ -143,7 +144,7 @@ def describe(rules, run, compensated, weights, excluded=(), shared=()):
         "compensated": compensated,
         "weights": [[weight.path, list(weight.shape), str(weight.dtype)] for weight in weights],
         "excluded": list(excluded),
-        "shared": list(shared),
+        **sharing,
     }
 
 
@@ -182,8 +183,8 @@ def decode(array):
     own = (
         {"rule": dict} if number == 1 else {"averages": dict, "compensated": bool, "excluded": list}
     )
-    description.setdefault("shared", [])
-    for key, kind in ({"run": str, "weights": list, "shared": list} | own).items():
+    own |= {"shared": list} if number == FORMAT_IF_SHARED else {}
+    for key, kind in ({"run": str, "weights": list} | own).items():
         if not isinstance(description.get(key), kind):
             raise damaged(f"{key!r} is {description.get(key)!r}")
     for name, rule in description.get("averages", {}).items():

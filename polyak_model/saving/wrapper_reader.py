@@ -199,7 +199,7 @@ def read_rules_and_shared(weights, wrapper):
         raise
     except ValueError as error:
         raise InputError(f"Cannot use {str(weights.path)!r}. {error}") from error
-    shared = [] if description is None else description["shared"]
+    shared = [] if description is None else description.get("shared", [])
     if description is not None:
         rules = description.get("averages", {layout.ONLY: description.get("rule")})
     elif weights.config is not None and not wrapper.path:
