@@ -10,6 +10,7 @@ _FIXED = {
     "compensated": "Wrap the raw model again: PolyakModel(model.raw_model, compensated=...).",
     "exclude": "Wrap the raw model again: PolyakModel(model.raw_model, exclude=...).",
     "device": "Wrap the raw model again: PolyakModel(model.raw_model, device=...).",
+    "share_frozen": "Wrap the raw model again: PolyakModel(model.raw_model, share_frozen=...).",
     "non_trainable": "Wrap the raw model again: PolyakModel(model.raw_model, non_trainable=...).",
 }
 

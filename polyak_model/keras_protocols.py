@@ -1,6 +1,7 @@
 """What tools ask of a Keras model besides training: to describe, build and plot it."""
 
 import inspect
+import math
 import weakref
 
 import keras
@@ -55,9 +56,10 @@ class KerasProtocols(keras.Model):
         return self.raw_model.layers
 
     def count_params(self):
-        """Returns the number of weights of the raw model and of its averages."""
+        """Returns the number of weights of the raw model and of its averages, shared ones once."""
         self._check_built("count_params")
-        return sum(model.count_params() for model in (self.raw_model, *self.shadow.models))
+        pairs = [p for pairing in self.shadow.pairings for p in pairing.own]
+        return self.raw_model.count_params() + sum(math.prod(p.average.shape) for p in pairs)
 
     def summary(self, line_length=None, positions=None, print_fn=None, *args, **kwargs):
         """Prints the summary of the raw model, and the rule, step and size of each average.
@@ -87,9 +89,11 @@ class KerasProtocols(keras.Model):
     def _describe(self, average):
         size = "not built"
         if average.pairing is not None:
-            pairs = average.pairing.pairs
+            pairs = average.pairing.own
             stored = [v for p in pairs for v in (p.average, p.master, p.residual) if v is not None]
-            size = keras_internals.describe_size(average.model.weights, stored)
+            size = keras_internals.describe_size([p.average for p in pairs], stored)
+            if average.pairing.shared:
+                size += f" beside {len(average.pairing.shared)} shared weights"
         name = "" if average.name == ALIAS else f" '{average.name}'"
         step = self.average_step - int(ops.convert_to_numpy(average.origin))
         return f" Average{name}: {average.rule!r}, step {step}, {size}"

@@ -1,6 +1,7 @@
 """PolyakModel: a model, and beside it running averages of its weights."""
 
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from polyak_model.attribute_access import RawAttributes
 from polyak_model.average import batch_norm, clone_check, cloning
 from polyak_model.average.exclusion import check_exclude
 from polyak_model.average.shadow import Shadow
+from polyak_model.average.sharing import check_share_frozen
 from polyak_model.backend import keras_internals
 from polyak_model.backend.common import exportable, optimizers_of
 from polyak_model.errors import check_choice
@@ -91,6 +93,15 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             regular expression that matches the whole path of a variable, a list
             of them, or a callable `variable -> bool`. Defaults to None: all are
             averaged.
+        share_frozen: Bool. Whether weights that are frozen when the model is
+            wrapped are those of the raw model in every average, instead of
+            copies: of frozen layers all weights and statistics, of others single
+            weights such as the kernel under LoRA. Averages then take memory for
+            the rest alone, and files contain these weights once. Such a weight
+            cannot be unfrozen later; wrap the model again. A file that was
+            written with it loads without it and the reverse, unless averages in
+            the file differ in a weight that is to be shared. Not together with
+            `clone_function`. Defaults to False.
         compensated: Bool. Whether to carry the rounding error of the average
             along (Kahan), for slow averages. It takes as much memory as the
             average. Defaults to False.
@@ -135,6 +146,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         combine: str | Callable[[list[Any]], Any] = "mean",
         non_trainable: str = "average",
         exclude: str | Sequence[str] | Callable[[keras.Variable], bool] | None = None,
+        share_frozen: bool = False,
         compensated: bool = False,
         device: str | None = None,
         clone_function: Callable[[], keras.Model] | None = None,
@@ -148,11 +160,12 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         check_choice("non_trainable", non_trainable, ("average", "copy"))
         check_clone_function(clone_function)
         exclude = check_exclude(exclude)
+        check_share_frozen(share_frozen, clone_function)
         backend.check_placement(model, device)
         with backend.strategy_scope(model):
             with backend.device(device):
-                clones = {name: cloning.clone_model(model, clone_function) for name in named}
-            settings = (non_trainable, bool(compensated), device, exclude)
+                clones = {name: self._clone(model, clone_function, share_frozen) for name in named}
+            settings = (non_trainable, bool(compensated), device, exclude, share_frozen)
             shadow = Shadow(clones, named, *settings)
             super().__init__(
                 routes=Router(model, shadow, combine, self._start_on_batch),
@@ -173,6 +186,12 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         if model.compiled:
             self._adopt_compilation()
         self._wrapped = True
+
+    @staticmethod
+    def _clone(model, clone_function, share_frozen):
+        if share_frozen:
+            return cloning.copy_model(model, keras_internals.frozen_weights(model))
+        return cloning.clone_model(model, clone_function)
 
     @property
     def average_model(self) -> keras.Model:
@@ -273,6 +292,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         1
         """
         self._check_built("update_average")
+        self.shadow.check_frozen()
         self.shadow.detector.stop()
         backend.on_each_replica(self, self.shadow.update)
 
@@ -368,6 +388,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             )
         average = refreshed.model
         layers = batch_norm.find_layers(average, trained=self.raw_model)
+        shared = {id(p.raw) for p in refreshed.pairing.shared}
+        layers = [layer for layer in layers if id(layer.moving_mean) not in shared]
         if layers:
             settings = {"batch_size": batch_size, "verbose": verbose}
             refreshed.replace(batch_norm.measure(average, layers, data, steps, **settings))
@@ -393,6 +415,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         >>> inner.optimizer is model.optimizer
         True
         """
+        self.shadow.check_frozen()
         check_optimizers((args, kwargs))
         self._router.check_arguments((args, kwargs))
         backend.check_compilation(self.raw_model, (args, kwargs), **kwargs)
@@ -481,7 +504,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
     def _complete(self, clone, inputs, batch):
         with backend.strategy_scope(self), backend.device(self.shadow.device):
             if self.clone_function is None:
-                cloning.complete_clone(self.raw_model, clone)
+                shared = self.shadow.share_frozen
+                shared = keras_internals.frozen_weights(self.raw_model) if shared else ()
+                cloning.complete_clone(self.raw_model, clone, shared)
             else:
                 with backend.unchanged_generators():
                     cloning.build_on(clone, inputs, batch)
@@ -529,6 +554,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         backend.sync(self)
         if training is None:
             training = backend.is_differentiated(self.raw_model.trainable_variables)
+        if training:
+            self.shadow.check_frozen()
         with exportable(not training):
             self.shadow.catch_up(training)
         if training:
@@ -546,6 +573,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self._build_by_step(data)
         self._start_on_batch(data)
         check_counts_steps(self.raw_model)
+        self.shadow.check_frozen()
         before = backend.optimizer_step(self.raw_model)
         # A MultiOptimizer may have chosen its optimizers only now.
         check_optimizers(self.raw_model.optimizer)
@@ -567,6 +595,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return step(data)
 
     def make_train_function(self, force=False):
+        self.shadow.check_frozen()
         backend.sync(self)
         self.shadow.catch_up()
         self.shadow.detector.stop()
@@ -578,8 +607,10 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         # It is saved with the wrapper, so that load_model(compile=False) can leave it out.
         model.pop("compile_config", None)
         combine = self._router.combine
+        # Versions that know nothing of it read files without it.
+        sharing = {"share_frozen": True} if self.shadow.share_frozen else {}
         return {
-            "format": layout.FORMAT,
+            "format": layout.FORMAT_IF_SHARED if sharing else layout.FORMAT,
             "name": self.name,
             "model": model,
             "average": self._serialize_rules(),
@@ -588,6 +619,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             "combine": combine if isinstance(combine, str) else serialize(combine),
             "non_trainable": self.shadow.non_trainable,
             "exclude": self._serialize_exclude(),
+            **sharing,
             "compensated": self.shadow.compensated,
             "device": self.shadow.device,
             "clone_function": self.clone_function and serialize(self.clone_function),
@@ -623,6 +655,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         clone_function = config["clone_function"]
         if clone_function:
             config["clone_function"] = cloning.matching(config["model"], clone_function)
-        wrapper = cls(**config)
+        with warnings.catch_warnings():
+            # A config need not say what was frozen: the kernel under LoRA in attention, for one.
+            warnings.filterwarnings("ignore", message="Nothing is shared by share_frozen=True")
+            wrapper = cls(**config)
         vars(wrapper)["clone_function"] = clone_function  # As it was passed by the user.
         return wrapper

@@ -56,6 +56,8 @@ OF_ALL_BACKENDS = {
     "test_routed_model.py",
     "test_saveable_model.py",
     "test_several_averages.py",
+    "test_share_frozen.py",
+    "test_shared_files.py",
     "test_shadow.py",
     "test_threads.py",
     "test_torch.py",

@@ -60,7 +60,7 @@ class Average:
 
     def mirror_weights(self):
         """Makes the averages copies of the raw weights, and forgets the residuals."""
-        pairs = self.pairing.pairs
+        pairs = self.pairing.own
         backend.assign((p.average, p.raw) for p in pairs)
         backend.assign((master, average) for average, master in self.pairing.from_masters())
         forget_residuals(pairs)
@@ -71,7 +71,7 @@ class Average:
         Args:
             values: Iterable of `(weight of the average model, value)`.
         """
-        pairs = {id(p.average): p for p in self.pairing.pairs}
+        pairs = {id(p.average): p for p in self.pairing.own}
         for average, value in values:
             replaced = pairs[id(average)]
             backend.assign([(average, value), (replaced.target, value)])
@@ -79,7 +79,7 @@ class Average:
 
     def apply(self):
         """Copies the average into the raw model."""
-        backend.assign((p.raw, p.average) for p in self.pairing.pairs)
+        backend.assign((p.raw, p.average) for p in self.pairing.own)
         cloning.copy_outside_weights(self.model, self.pairing.raw_model)
 
 

@@ -18,14 +18,15 @@ _OUTPUT_TOLERANCE = 1e-3
 _PROBE_SIZES = (1, 32, 128)
 
 
-def check_disjoint(model, clone):
+def check_disjoint(model, clone, shared=()):
     """Raises `ValueError` if two models share a variable.
 
     Args:
         model: A `keras.Model`.
         clone: A `keras.Model`.
+        shared: Variables that they may share. Defaults to none.
     """
-    owned = {id(variable) for variable in model.variables}
+    owned = {id(variable) for variable in model.variables} - set(map(id, shared))
     for variable in clone.variables:
         if id(variable) in owned:
             raise ValueError(

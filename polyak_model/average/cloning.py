@@ -51,7 +51,7 @@ def clone_model(
     [0.0, 0.0]
     """
     if clone_function is None:
-        return _copy(Copier(), model)
+        return copy_model(model)
     with backend.unchanged_generators():
         clone = clone_function()
     if not isinstance(clone, keras.Model):
@@ -61,6 +61,16 @@ def clone_model(
         )
     check_disjoint(model, clone)
     return clone
+
+
+def copy_model(model, shared=()):
+    """Copies a model, see `clone_model`, that shares some variables with its copy.
+
+    Args:
+        model: A `keras.Model`.
+        shared: Variables of `model`. Defaults to none.
+    """
+    return _copy(Copier(structure.kept(shared)), model)
 
 
 def matching(model, clone_function):
@@ -83,22 +93,23 @@ def matching(model, clone_function):
         made = clone_function()
         if not isinstance(made, keras.Model) or not has_weights(model):
             return made
-        return made if have_same_weights(model, made) else _copy(Copier(), model)
+        return made if have_same_weights(model, made) else copy_model(model)
 
     return clone
 
 
-def complete_clone(model, clone):
+def complete_clone(model, clone, shared=()):
     """Makes the clone of a model that was not built then a copy of what it is now.
 
     Args:
         model: A built `keras.Model`.
         clone: Its clone, of the same class. It stays the same object, compiled
             or not.
+        shared: Variables of `model` that they share. Defaults to none.
     """
     for name in filter(backend.is_bookkeeping, list(vars(clone))):
         del vars(clone)[name]  # It refers to layers that are about to be replaced.
-    copier = Copier([(model, clone)])
+    copier = Copier([(model, clone), *structure.kept(shared)])
     copier.later(structure.fill_model, model, clone, copier)
     _copy(copier, model)
 
@@ -144,7 +155,7 @@ def copy_outside_weights(model, clone):
         model: A `keras.Model`.
         clone: Its clone, with the same weights.
     """
-    for layer, copy in _pair_layers(model, clone):
+    for layer, copy in pair_layers(model, clone):
         if hasattr(layer, "save_assets") and not _is_empty_table(layer):
             with tempfile.TemporaryDirectory() as folder:
                 try:
@@ -164,7 +175,13 @@ def _is_empty_table(layer):
     return isinstance(layer, kinds) and not layer.get_vocabulary(include_special_tokens=False)
 
 
-def _pair_layers(model, clone):
+def pair_layers(model, clone):
+    """Returns pairs of each layer of a model and its copy, a list, empty for other layers.
+
+    Args:
+        model: A `keras.Model`.
+        clone: Its clone.
+    """
     layers, copies = _layers(model), _layers(clone)
     # A clone that a `clone_function` made need not have the same layers.
     alike = [type(layer) for layer in layers] == [type(copy) for copy in copies]
@@ -177,7 +194,7 @@ def _layers(model):
 
 
 def _pair_parts(model, clone):
-    for layer, copy in _pair_layers(model, clone):
+    for layer, copy in pair_layers(model, clone):
         yield layer, copy
         yield from zip(structure.parts(layer), structure.parts(copy), strict=False)
 

@@ -33,12 +33,13 @@ def check_exclude(exclude):
     return list(patterns)
 
 
-def find_excluded(exclude, weights):
+def find_excluded(exclude, weights, shared=()):
     """Returns the positions of the weights that are not averaged, a list.
 
     Args:
         exclude: See `check_exclude`.
         weights: The weights of the raw model.
+        shared: Those that are not averaged anyway, since they are frozen.
 
     Raises:
         ValueError: If it matches no weight, or every float weight.
@@ -46,7 +47,12 @@ def find_excluded(exclude, weights):
     if exclude is None:
         return []
     found = [i for i, weight in enumerate(weights) if _matches(exclude, i, weight)]
-    floats = {i for i, weight in enumerate(weights) if keras.backend.is_float_dtype(weight.dtype)}
+    left = set(map(id, shared))
+    floats = {
+        i
+        for i, weight in enumerate(weights)
+        if id(weight) not in left and keras.backend.is_float_dtype(weight.dtype)
+    }
     if not found or floats <= set(found):
         paths = [weight.path for weight in weights]
         shown = ", ".join(paths[:5]) + ", ..." * (len(paths) > 5)

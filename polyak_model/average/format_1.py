@@ -5,7 +5,8 @@ order, a master copy if the weight has 16 bits, and a residual if the average is
 compensated.
 """
 
-from polyak_model.average.pairing import AVERAGED, EXCLUDED
+import keras
+
 from polyak_model.backend import keras_internals
 from polyak_model.saving import layout
 
@@ -45,7 +46,7 @@ def _names(shadow, described, count):
     for compensated in (shadow.compensated, not shadow.compensated):
         names = list(counters)
         for index, p in enumerate(pairs):
-            averaged = p.how in (AVERAGED, EXCLUDED)  # Format 1 had no exclusions.
+            averaged = _is_averaged(shadow, p)
             if averaged and described["weights"][index][2] in ("float16", "bfloat16"):
                 names.append(layout.master_name(layout.ONLY, index))
             if averaged and compensated:
@@ -54,6 +55,12 @@ def _names(shadow, described, count):
             layout.check_compensated({"compensated": compensated}, shadow.compensated)
             return names
     raise layout.damaged(f"{count} variables of state where {len(names)} are expected")
+
+
+def _is_averaged(shadow, p):
+    # Format 1 neither excluded nor shared weights.
+    is_float = keras.backend.is_float_dtype(p.raw.dtype)
+    return is_float and (p.learned or shadow.non_trainable == "average")
 
 
 def _weights(shadow):

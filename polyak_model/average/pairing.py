@@ -10,7 +10,8 @@ from polyak_model import backend
 from polyak_model.average.clone_check import check_disjoint, pair_weights
 from polyak_model.backend import keras_internals
 
-AVERAGED, MIRRORED, COPIED, EXCLUDED = "averaged", "mirrored", "copied", "excluded"
+AVERAGED, MIRRORED, COPIED = "averaged", "mirrored", "copied"
+EXCLUDED, SHARED = "excluded", "shared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Pair:
         average: The weight of the average model.
         raw: The raw weight, or its value where replicas agreed on one.
         how: `AVERAGED`; `MIRRORED`, floats that follow by value when the average
-            moves; `COPIED`, integers, booleans and seeds, likewise; or
-            `EXCLUDED`, weights that follow at every step.
+            moves; `COPIED`, integers, booleans and seeds, likewise;
+            `EXCLUDED`, weights that follow at every step; or `SHARED`, frozen
+            weights that are one variable of both models.
         learned: Bool. Whether an optimizer trains the raw weight unless it is
             frozen.
         master: The float32 master copy of an average of 16 bits, or None.
@@ -66,13 +68,22 @@ class Pairing:
     def excluded(self):
         return self._of(EXCLUDED)
 
+    @functools.cached_property
+    def shared(self):
+        return self._of(SHARED)
+
     def _of(self, how):
         return tuple(pair for pair in self.pairs if pair.how == how)
 
+    @functools.cached_property
+    def own(self):
+        """The pairs of two variables: all that are not shared."""
+        return tuple(pair for pair in self.pairs if pair.how != SHARED)
+
     @property
     def learned(self):
-        """The raw weights that an optimizer trains unless they are frozen."""
-        return [pair.raw for pair in self.pairs if pair.learned]
+        """The raw weights that an optimizer trains unless they are frozen; none is shared."""
+        return [pair.raw for pair in self.own if pair.learned]
 
     def from_masters(self):
         """Returns `(average, master copy)` of the averages that have one."""
@@ -80,7 +91,7 @@ class Pairing:
 
     def penalized(self):
         """Returns the averages of raw weights that are trained under a regularizer."""
-        return [p.average for p in self.pairs if p.raw.regularizer and p.raw.trainable]
+        return [p.average for p in self.own if p.raw.regularizer and p.raw.trainable]
 
     def synchronized(self):
         """Returns a pairing whose raw values are equal on every replica.
@@ -90,7 +101,7 @@ class Pairing:
         """
         if backend.replicas() == 1:
             return self
-        differing = [pair for pair in self.pairs if _may_differ_between_replicas(pair)]
+        differing = [pair for pair in self.own if _may_differ_between_replicas(pair)]
         if not differing:
             return self
         averages, raw = zip(*((pair.average, pair.raw) for pair in differing), strict=True)
@@ -104,6 +115,18 @@ class Pairing:
         """Raises `ValueError` if a model has gained or lost weights since they were paired."""
         _check_weights(self.raw_model, [pair.raw for pair in self.pairs], "raw")
         _check_weights(self.average_model, [pair.average for pair in self.pairs], "average")
+
+    def check_frozen(self):
+        """Raises `ValueError` if a shared weight is about to be trained."""
+        thawed = [pair.raw.path for pair in self.shared if pair.raw.trainable]
+        if thawed:
+            raise ValueError(
+                f"The model '{self.raw_model.name}' was wrapped with share_frozen=True, and its "
+                f"averages share the weights that were frozen then. Received: {len(thawed)} of "
+                f"them unfrozen, the first '{thawed[0]}', so that training would change the "
+                "averages. Wrap the model again after unfreezing, PolyakModel(model.raw_model, "
+                "share_frozen=True), or wrap it with share_frozen=False."
+            )
 
 
 def _check_weights(model, paired, role):
@@ -124,18 +147,21 @@ def _may_differ_between_replicas(pair):
     return not pair.learned and getattr(pair.raw, "synchronization", None) != "on_read"
 
 
-def pair(raw_model, average_model, add_beside, copies_statistics, compensated, excluded=()):
+def pair(
+    raw_model, average_model, add_beside, copies_statistics, compensated, excluded=(), shared=()
+):
     """Pairs the weights of a raw model with those of its average, and freezes the latter.
 
     Args:
         raw_model: A built `keras.Model`.
-        average_model: Its unshared clone.
+        average_model: Its clone.
         add_beside: `(average, role, dtype) -> variable` of zeros with the shape
             of `average`.
         copies_statistics: Bool. Whether float weights that no optimizer trains
             are mirrored instead of averaged.
         compensated: Bool. Whether averages carry residuals.
         excluded: Positions of raw weights that are not averaged.
+        shared: Raw weights that the average model may share.
 
     Returns:
         A `Pairing`.
@@ -143,14 +169,17 @@ def pair(raw_model, average_model, add_beside, copies_statistics, compensated, e
     Raises:
         ValueError: If the architectures differ, or the models share a variable.
     """
-    check_disjoint(raw_model, average_model)
+    check_disjoint(raw_model, average_model, shared)
     weights = pair_weights(raw_model, average_model)
     untrained = {id(v) for v in keras_internals.untrained_weights(average_model)}
     pairs = []
     for position, (raw, average) in enumerate(weights):
+        learned = id(average) not in untrained
+        if average is raw:
+            pairs.append(Pair(average, raw, SHARED, learned))
+            continue
         average.trainable = False
         backend.place_like(average, raw)
-        learned = id(average) not in untrained
         if position in excluded:
             pairs.append(Pair(average, raw, EXCLUDED, learned))
         elif not keras.backend.is_float_dtype(average.dtype):

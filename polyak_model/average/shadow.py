@@ -1,15 +1,17 @@
 """The averages of one model, and the counter of optimizer steps that they share."""
 
+import contextlib
 import types
 
 import keras
 from keras import ops
 
 from polyak_model import backend
-from polyak_model.average import clone_check, cloning, format_1, state
+from polyak_model.average import clone_check, cloning, format_1, shared_files, state
 from polyak_model.average.average import Average, move
 from polyak_model.average.exclusion import find_excluded
-from polyak_model.average.pairing import EXCLUDED, pair
+from polyak_model.average.pairing import EXCLUDED, SHARED, pair
+from polyak_model.average.sharing import find_shared
 from polyak_model.average.step_detector import StepDetector
 from polyak_model.average.training_threads import TrainingThreads
 from polyak_model.backend import keras_internals
@@ -33,11 +35,20 @@ class Shadow(keras.layers.Layer):
         compensated: Bool. Whether averages carry residuals (Kahan).
         device: Where the averages live, e.g. `"CPU:0"`, or None.
         exclude: Which weights are not averaged, see `exclusion.check_exclude`.
+        share_frozen: Bool. Whether frozen weights are shared with the raw model.
         name: Name of the layer.
     """
 
     def __init__(
-        self, models, rules, non_trainable, compensated, device, exclude=None, name="average"
+        self,
+        models,
+        rules,
+        non_trainable,
+        compensated,
+        device,
+        exclude=None,
+        share_frozen=False,
+        name="average",
     ):
         super().__init__(name=name)
         self.models = list(models.values())
@@ -45,6 +56,7 @@ class Shadow(keras.layers.Layer):
         self.compensated = compensated
         self.device = device
         self.exclude = exclude
+        self.share_frozen = share_frozen
         self.run = layout.new_run()
         with backend.device(device):
             self.step = self._add_counter("step")
@@ -57,6 +69,7 @@ class Shadow(keras.layers.Layer):
         self.detector = StepDetector(self, self.fingerprint)
         self.described = None  # What a file says of the state that is loaded next.
         self.training_threads = TrainingThreads()
+        self._file = contextlib.ExitStack()  # Open while Keras saves or loads the models.
 
     def __dir__(self):
         # Keras saves what `dir` lists; the PolyakModel saves the models under their names.
@@ -90,12 +103,13 @@ class Shadow(keras.layers.Layer):
             inputs: Symbolic inputs of the models, to check that all have the
                 same outputs; or None.
         """
-        excluded = find_excluded(self.exclude, raw_model.weights)
-        settings = (self.non_trainable == "copy", self.compensated, excluded)
+        shared = find_shared(raw_model, self.share_frozen)
+        excluded = find_excluded(self.exclude, raw_model.weights, shared)
+        settings = (self.non_trainable == "copy", self.compensated, excluded, shared)
         pairings = []
         for model in self.models:
             pairing = pair(raw_model, model, self._add_beside, *settings)
-            backend.assign((p.average, p.raw) for p in pairing.pairs)
+            backend.assign((p.average, p.raw) for p in pairing.own)
             backend.assign((master, average) for average, master in pairing.from_masters())
             cloning.copy_outside_weights(raw_model, model)
             clone_check.check_same_outputs(raw_model, model, inputs)
@@ -173,6 +187,11 @@ class Shadow(keras.layers.Layer):
                 self._mirror_unbegun()
         self.detector.detect(training)
 
+    def check_frozen(self):
+        """Raises `ValueError` if a shared weight is about to be trained."""
+        if self.started:
+            self.first.pairing.check_frozen()
+
     def _mirror_unbegun(self):
         with self.training_threads.held() as others_train:
             # They keep the averages up to date by themselves.
@@ -198,17 +217,46 @@ class Shadow(keras.layers.Layer):
         serialize = keras.saving.serialize_keras_object
         rules = {name: serialize(average.rule) for name, average in self.averages.items()}
         weights = self.first.pairing.raw_model.weights if self.started else ()
-        return layout.describe(rules, self.run, self.compensated, weights, self.excluded())
+        shared = self._positions(SHARED)
+        excluded = self.excluded()
+        return layout.describe(rules, self.run, self.compensated, weights, excluded, shared)
 
     def excluded(self):
         """Returns the positions of the raw weights that are not averaged, a list."""
+        return self._positions(EXCLUDED)
+
+    def _positions(self, how):
         pairs = self.first.pairing.pairs if self.started else ()
-        return [position for position, p in enumerate(pairs) if p.how == EXCLUDED]
+        return [position for position, p in enumerate(pairs) if p.how == how]
+
+    def begin_saving(self):
+        """Call it before Keras saves the models; their files end with the state of this layer."""
+        self.end_file()
+        if self.started:
+            self._file.enter_context(shared_files.saving(self.pairings))
+
+    def begin_loading(self, described):
+        """Call it before Keras loads the models.
+
+        Args:
+            described: The description of the file, see `layout.describe`; None
+                for one of format 1.
+        """
+        self.end_file()
+        self.described = described
+        if self.started and described is not None:
+            self._file.enter_context(shared_files.loading(self.pairings, described))
+
+    def end_file(self):
+        """Ends what `begin_saving` or `begin_loading` began, also if that failed."""
+        self._file.close()
 
     def save_own_variables(self, store):
+        self.end_file()
         state.save(self, store)
 
     def load_own_variables(self, store):
+        self.end_file()
         described, self.described = self.described, None
         state.load(self, *(format_1.read(self, store) if described is None else (store, described)))
 

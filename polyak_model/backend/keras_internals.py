@@ -31,13 +31,16 @@ __all__ = [
     "describe_size",
     "flatten_layers",
     "forward",
+    "frozen_weights",
     "has_call",
     "in_stateless_scope",
     "is_functional",
     "lacks_metrics",
     "lent_validation_data",
+    "lora_factors",
     "loss_tracker",
     "metric_direction",
+    "own_weights",
     "penalties",
     "print_message",
     "record_inputs",
@@ -166,6 +169,57 @@ def untrained_weights(model):
     # A frozen layer marks all its weights untrainable, so `weight.trainable` does not tell a
     # moving mean from a frozen kernel. Where the layer tracks them does.
     return [v for layer in flatten_layers(model) for v in layer._non_trainable_variables]
+
+
+def own_weights(layer):
+    """Returns the weights of a layer without those of the layers inside it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def lora_factors(layer):
+    """Returns the factors that LoRA has added to a layer, a dict by name.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(2, lora_rank=1)
+    >>> layer.build((None, 3))
+    >>> {name: factor.shape for name, factor in lora_factors(layer).items()}
+    {'lora_kernel_a': (3, 1), 'lora_kernel_b': (1, 2)}
+    """
+    if not getattr(layer, "lora_enabled", False):
+        return {}
+    return {v.name: v for v in layer._trainable_variables if v.name.startswith("lora_")}
+
+
+def frozen_weights(model):
+    """Returns the weights of a model that are frozen and that nothing assigns to.
+
+    These are weights that an optimizer would train if they were not frozen;
+    those that belong to a quantized kernel; and floats that no optimizer trains,
+    such as moving statistics, of layers that are frozen.
+
+    Args:
+        model: A `keras.Model`.
+
+    Example:
+
+    >>> norm = keras.layers.BatchNormalization(trainable=False)
+    >>> model = keras.Sequential([keras.Input((3,)), norm, keras.layers.BatchNormalization()])
+    >>> [weight.name for weight in frozen_weights(model)]
+    ['gamma', 'beta', 'moving_mean', 'moving_variance']
+    """
+    found = []
+    for layer in flatten_layers(model):
+        found += [v for v in layer._trainable_variables if not v.trainable]
+        # A stateful layer also assigns to its states in inference, frozen or not.
+        keeps = not layer.trainable and not getattr(layer, "stateful", False)
+        quantized = layer.quantization_mode is not None
+        found += [
+            v
+            for v in layer._non_trainable_variables
+            if quantized or (keeps and keras.backend.is_float_dtype(v.dtype))
+        ]
+    return list({id(v): v for v in found}.values())
 
 
 def seed_states(model):

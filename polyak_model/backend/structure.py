@@ -159,6 +159,12 @@ def copy_variable(value, copier):
     return new
 
 
+def kept(variables):
+    """Returns pairs `(original, copy)` that make a copier keep variables as they are."""
+    # Backends track what is behind a variable, too.
+    return [(x, x) for variable in variables for x in (variable, variable._value)]
+
+
 def parts(layer):
     """Returns the variables, metrics and random generators that a layer itself tracks."""
     return [part for _, store in layer._tracker.config.values() for part in store]

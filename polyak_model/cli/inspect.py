@@ -12,6 +12,7 @@ from polyak_model.cli.tables import print_table
 from polyak_model.errors import printable
 from polyak_model.saving import layout
 from polyak_model.saving.distances import measure_distances, measure_total
+from polyak_model.saving.sharing_reader import find_shared_variables
 from polyak_model.saving.wrapper_reader import (
     find_wrappers,
     read_description,
@@ -76,6 +77,7 @@ def describe(weights):
     wrappers = find_wrappers(weights)
     group = wrappers[0].raw if wrappers and not wrappers[0].path else ""
     model, optimizer = split_variables(weights, group)
+    model = {path: variable for path, variable in model.items() if not layout.is_lora_alpha(path)}
     names = {path: attributes.get("name", "") for path, attributes in weights.attributes.items()}
 
     def name_of(variable):
@@ -113,13 +115,16 @@ def _count(variables):
 
 
 def _describe_average(weights, wrapper, name, rule):
-    distances = measure_distances(weights, wrapper.raw, wrapper.averages[name])
+    shared = find_shared_variables(weights, wrapper, wrapper.averages[name])
+    distances = measure_distances(weights, wrapper.raw, wrapper.averages[name], shared)
+    description = read_description(weights, wrapper) or {}
     return {
         "path": wrapper.path,
         "name": name,
         "rule": rule,
         "step": read_step(weights, wrapper),
-        "excluded": len((read_description(weights, wrapper) or {}).get("excluded", ())),
+        "excluded": len(description.get("excluded", ())),
+        "shared": len(description.get("shared", ())),
         "distances": [
             {"layer": each.layer, "distance": each.distance, "relative": each.relative}
             for each in (*distances, measure_total(distances))
@@ -155,6 +160,8 @@ def _print_average(average):
     print(f"rule  {_format_rule(average['rule'])}\nstep  {average['step']:,}")
     if average["excluded"]:
         print(f"excluded  {average['excluded']:,} weights, which mirror the raw ones")
+    if average["shared"]:
+        print(f"shared    {average['shared']:,} weights, which are the raw ones")
     print("\nIts distance from the raw model:\n")
     rows = [
         [each["layer"], f"{each['distance']:.4g}", f"{each['relative']:.4g}"]

@@ -5,6 +5,7 @@ import typing
 
 import numpy as np
 
+from polyak_model.saving import layout
 from polyak_model.weight_files.refusal import refusal
 from polyak_model.weight_files.tensor import cut
 from polyak_model.weight_files.training_state import split_variables
@@ -33,23 +34,25 @@ class Distance(typing.NamedTuple):
         return self.distance / self.norm
 
 
-def measure_distances(weights, raw, average):
+def measure_distances(weights, raw, average, shared=()):
     """Computes the distance between average and raw weights of each layer, block by block.
 
     Args:
         weights: A `WeightFile`.
         raw: Path of the group of the raw model.
         average: Path of the group of the average model.
+        shared: Names of variables of the raw model that the average shares.
 
     Returns:
-        List of `Distance`, one for each layer with float variables, which are
-        the averaged ones.
+        List of `Distance`, one for each layer with float variables of its own,
+        which are the averaged ones.
 
     Raises:
         InputError: If the two models differ in their variables, or the file is
             damaged.
     """
     (raw, _), (average, _) = (split_variables(weights, group) for group in (raw, average))
+    raw = {name: variable for name, variable in raw.items() if name not in shared}
     for name in sorted(raw.keys() | average.keys()):
         shapes = [each[name].shape if name in each else None for each in (raw, average)]
         if shapes[0] != shapes[1]:
@@ -59,7 +62,7 @@ def measure_distances(weights, raw, average):
             )
     squares = {}
     for name, variable in raw.items():
-        if "float" in variable.dtype:
+        if "float" in variable.dtype and not layout.is_lora_alpha(name):
             layer = squares.setdefault(find_layer(name), np.zeros(2))
             layer += _sum_squares(variable, average[name])
     return [Distance(layer, *map(float, np.sqrt(sums))) for layer, sums in squares.items()]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from polyak_model.saving import layout
+from polyak_model.saving.sharing_reader import find_shared_variables, take_lora
 from polyak_model.saving.wrapper_reader import find_whole_wrapper, read_rules
 from polyak_model.weight_files import safetensors_file
 from polyak_model.weight_files.combine import copy
@@ -39,7 +40,8 @@ def extract(weights, contents, output):
         InputError: If the file cannot be used or the output cannot be written;
             what was at `output` is unchanged then.
     """
-    group = _find_group(weights, contents)
+    wrapper = find_whole_wrapper(weights)
+    group = _find_group(weights, wrapper, contents)
     groups = _inside(group, weights.attributes)
     names = _inside(group, weights.variables)
     config, state = None, {}
@@ -59,19 +61,25 @@ def extract(weights, contents, output):
     if str(output).endswith(safetensors_file.ENDING):
         model, _ = split_variables(weights, group)
         names = {old: new for old, new in names.items() if new in model}
-    size = sum(weights.variables[name].nbytes for name in names)
+    variables = {new: weights.variables[old] for old, new in names.items()}
+    if contents != "raw":
+        variables |= find_shared_variables(weights, wrapper, group)
+    with_lora = take_lora(variables)
+    size = sum(variable.nbytes for variable in variables.values())
+    size += sum(lora.kernel.nbytes for lora in with_lora.values())
     with (
         writing(output, size) as partial,
         created_weights(partial, weights, config, group) as file,
     ):
         create_groups(file, {new: weights.attributes[old] for old, new in groups.items()})
-        copy(weights, names, file)
+        copy(weights, {variable.name: new for new, variable in variables.items()}, file)
+        for name, lora in with_lora.items():
+            lora.write(name, file)
         for name, array in state.items():
             file[name] = array
 
 
-def _find_group(weights, contents):
-    wrapper = find_whole_wrapper(weights)
+def _find_group(weights, wrapper, contents):
     if contents == "raw":
         return wrapper.raw
     names = list(read_rules(weights, wrapper))

@@ -17,10 +17,15 @@ A single average is called `average`. The description has the keys `format`,
 `version`, `run`, `averages` (rules by name, the first average first),
 `compensated`, `weights` and `excluded`.
 
+Weights that averages share with the raw model are in its group alone. Where a
+layer has LoRA then, `vars` contains its kernel as it is, the factors by their
+names and `lora_alpha`, in all groups. The description has the key `shared` then,
+and the format is `FORMAT_IF_SHARED`, so that earlier versions refuse the file.
+
 In format 1, the groups of a single average were `average_model`, `layers/<class
 of the raw model>` and `layers/shadow`, named by Keras after the class `Shadow`;
 of two equal names the second ends in `_1`. The description was in the latter,
-with the key `rule`. Files of every format up to `FORMAT` can be loaded.
+with the key `rule`. Files of every format so far can be loaded.
 """
 
 import json
@@ -33,6 +38,7 @@ import numpy as np
 import polyak_model
 
 FORMAT = 2
+FORMAT_IF_SHARED = 3
 AVERAGES = "averages"
 RAW = "raw_model"
 STATE = "shadow"
@@ -40,6 +46,7 @@ OPTIMIZER = "optimizer"
 DESCRIPTION = "description"
 STEP = "step"
 FINGERPRINT = "fingerprint"
+LORA_ALPHA = "lora_alpha"
 # The name of a single average.
 ONLY = "average"
 # Groups of format 1, and the name of the step.
@@ -114,7 +121,7 @@ def new_run():
     return uuid.uuid4().hex
 
 
-def describe(rules, run, compensated, weights, excluded=()):
+def describe(rules, run, compensated, weights, excluded=(), shared=()):
     """Returns the description of averages.
 
     Args:
@@ -123,18 +130,21 @@ def describe(rules, run, compensated, weights, excluded=()):
         compensated: Bool. Whether averages have residuals.
         weights: The weights of the raw model.
         excluded: Positions of the weights that are not averaged.
+        shared: Positions of those that averages share with the raw model.
 
     Returns:
         A dict that can be encoded as JSON.
     """
+    sharing = {"shared": list(shared)} if shared else {}
     return {
-        "format": FORMAT,
+        "format": FORMAT_IF_SHARED if shared else FORMAT,
         "version": polyak_model.__version__,
         "run": run,
         "averages": rules,
         "compensated": compensated,
         "weights": [[weight.path, list(weight.shape), str(weight.dtype)] for weight in weights],
         "excluded": list(excluded),
+        **sharing,
     }
 
 
@@ -173,15 +183,17 @@ def decode(array):
     own = (
         {"rule": dict} if number == 1 else {"averages": dict, "compensated": bool, "excluded": list}
     )
+    own |= {"shared": list} if number == FORMAT_IF_SHARED else {}
     for key, kind in ({"run": str, "weights": list} | own).items():
         if not isinstance(description.get(key), kind):
             raise damaged(f"{key!r} is {description.get(key)!r}")
     for name, rule in description.get("averages", {}).items():
         if not name.isidentifier() or not isinstance(rule, dict):
             raise damaged(f"'averages' contains {name!r}: {rule!r}")
-    for position in description.get("excluded", ()):
-        if not isinstance(position, int) or not 0 <= position < len(description["weights"]):
-            raise damaged(f"'excluded' contains {position!r}")
+    for key in ("excluded", "shared"):
+        for position in description.get(key, ()):
+            if not isinstance(position, int) or not 0 <= position < len(description["weights"]):
+                raise damaged(f"{key!r} contains {position!r}")
     for entry in description["weights"]:
         if not _describes_weight(entry):
             raise damaged(f"'weights' contains {entry!r}")
@@ -219,10 +231,10 @@ def check_format(number, version="of a later date"):
     """
     if not isinstance(number, int):
         raise damaged(f"'format' is {number!r}")
-    if number > FORMAT:
+    if number > max(FORMAT, FORMAT_IF_SHARED):
         raise ValueError(
             f"The file has format {number}, written by polyak_model {version}; expected at most "
-            f"{FORMAT}, the format of polyak_model {polyak_model.__version__}. Install "
+            f"{FORMAT_IF_SHARED}, the format of polyak_model {polyak_model.__version__}. Install "
             "that version or a newer one."
         )
 
@@ -310,6 +322,11 @@ def check_weights(description, weights):
             f"{sum(math.prod(weight.shape) for weight in weights):,}. Build the model as it was "
             "when it was saved."
         )
+
+
+def is_lora_alpha(path):
+    """Returns whether a variable in a file is the scale of LoRA, which is no parameter."""
+    return path.rpartition("/")[2] == LORA_ALPHA
 
 
 def _belongs_to_lora(path):

@@ -21,6 +21,25 @@ from polyak_model.weight_files.reader import open_weights
 _visited = contextvars.ContextVar("visited", default=(None, ()))
 
 
+class _Ordered(str):
+    """A name of an attribute that Keras, which sorts them, visits in a given order.
+
+    The raw model is loaded before averages that share weights with it.
+    """
+
+    __slots__ = ("order",)
+
+    def __lt__(self, other):
+        return self.order < other.order
+
+
+def _in_order(names):
+    ordered = list(map(_Ordered, names))
+    for order, name in enumerate(ordered):
+        name.order = order
+    return ordered
+
+
 class SaveableModel(keras.Model):
     """Saves and loads as any Keras model does, and loses nothing when that fails."""
 
@@ -60,11 +79,18 @@ class SaveableModel(keras.Model):
         self._write_alone(write)
 
     def _write_alone(self, write):
-        with backend.exclusive_call(self, None):
+        with backend.exclusive_call(self, None), self._file_ended():
             backend.sync(self)
             # Keras swallows what a property raises while it collects the state.
             self.shadow.catch_up()
             backend.in_one_process(self, write, state_variables(self))
+
+    @contextlib.contextmanager
+    def _file_ended(self):
+        try:
+            yield
+        finally:
+            self.shadow.end_file()
 
     def __dir__(self):
         # Keras visits the attributes that `dir` lists, right after it has called one of the two
@@ -81,11 +107,12 @@ class SaveableModel(keras.Model):
         self.shadow.catch_up()
         store[layout.DESCRIPTION] = layout.encode(self.shadow.describe())
         groups = map(layout.average_group, self.shadow.averages)
-        _visited.set((self, [*groups, layout.RAW, layout.STATE]))
+        self.shadow.begin_saving()
+        _visited.set((self, _in_order([layout.RAW, *groups, layout.STATE])))
 
     def load_own_variables(self, store):
         _visited.set((self, ()))  # Nothing is loaded if this fails.
-        self.shadow.described = None
+        self.shadow.begin_loading(None)
         if layout.DESCRIPTION not in set(store.keys()):
             groups = layout.layer_groups_of_format_1(type(self.raw_model).__name__)
             self.__dict__.update(zip(groups, (self.raw_model, self.shadow), strict=True))
@@ -94,10 +121,10 @@ class SaveableModel(keras.Model):
         described = layout.decode(store[layout.DESCRIPTION])
         layout.check_names(described, list(self.shadow.averages))
         layout.check_compensated(described, self.shadow.compensated)
-        self.shadow.described = described
+        self.shadow.begin_loading(described)
         common = [name for name in described["averages"] if name in self.shadow.averages]
         groups = map(layout.average_group, common)
-        _visited.set((self, [*groups, layout.RAW, layout.STATE]))
+        _visited.set((self, _in_order([layout.RAW, *groups, layout.STATE])))
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """Saves the weights of both models, the optimizer and the step, in `.weights.h5`.
@@ -143,7 +170,7 @@ class SaveableModel(keras.Model):
         self._check_built("load_weights")
         if os.path.isfile(filepath):
             self._check_file(filepath, skip_mismatch)
-        with self._unchanged_on_failure():
+        with self._file_ended(), self._unchanged_on_failure():
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def _check_file(self, filepath, skip_mismatch):

@@ -177,18 +177,35 @@ def read_rules(weights, wrapper):
     Raises:
         InputError: If the description is damaged.
     """
+    return read_rules_and_shared(weights, wrapper)[0]
+
+
+def read_rules_and_shared(weights, wrapper):
+    """Reads the averaging rules, and which weights averages share with the raw model.
+
+    Args:
+        weights: A `WeightFile`.
+        wrapper: A `Wrapper` in it.
+
+    Returns:
+        Tuple of the dict of `read_rules` and a list of positions.
+
+    Raises:
+        InputError: If the description is damaged.
+    """
     try:
         description = read_description(weights, wrapper)
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"Cannot use {str(weights.path)!r}. {error}") from error
+    shared = [] if description is None else description.get("shared", [])
     if description is not None:
         rules = description.get("averages", {layout.ONLY: description.get("rule")})
     elif weights.config is not None and not wrapper.path:
         rules = {layout.ONLY: _get(weights.config, "config", layout.CONFIG_RULE)}
     else:
-        return dict.fromkeys(wrapper.averages)
+        return dict.fromkeys(wrapper.averages), shared
     for rule in rules.values():
         if not isinstance(_get(rule, "class_name"), str) or not isinstance(
             _get(rule, "config"), dict
@@ -199,7 +216,7 @@ def read_rules(weights, wrapper):
             weights.path,
             f"it describes the averages {sorted(rules)} and contains {sorted(wrapper.averages)}",
         )
-    return rules
+    return rules, shared
 
 
 def _is_named(weights, wrapper):

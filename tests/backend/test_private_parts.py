@@ -54,6 +54,7 @@ LAYER = (
     "_non_trainable_variables",
     "_seed_generators",
     "_track_variable",
+    "_trainable_variables",
 )
 MODEL = (
     "_assert_compile_called",
