@@ -492,8 +492,11 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         for clone in self.shadow.models:
             if not cloning.has_weights(clone):
                 self._complete(clone, inputs, batch)
+        raw = {id(variable) for variable in self.raw_model.variables}
         for name, average in self.shadow.averages.items():
-            backend.name_apart(average.model.variables, name)
+            # With `share_frozen`, they have variables in common.
+            own = [variable for variable in average.model.variables if id(variable) not in raw]
+            backend.name_apart(own, name)
         self.shadow.start(self.raw_model, inputs)
         backend.name_apart(self.shadow.variables, self.name)
         self._refuse_quantization()
