@@ -152,7 +152,8 @@ def draw(path, errors):
     figure = Figure(figsize=(10, 5), layout="constrained")
     told, measured = np.moveaxis(errors, -1, 0)
     ends = np.array([told.min(), told.max()])
-    for n, panel in enumerate(figure.subplots(1, len(NETS), sharex=True, sharey=True)):
+    panels = figure.subplots(1, len(NETS), sharex=True, sharey=True, squeeze=False)[0]
+    for n, panel in enumerate(panels):
         for c, (count, colour) in enumerate(zip(COUNTS, COLOURS, strict=True)):
             label = f"{count} snapshots"
             panel.loglog(
