@@ -19,7 +19,6 @@ import importlib.util
 import json
 import random
 import statistics
-import sys
 import threading
 import time
 
@@ -69,10 +68,7 @@ class Turn(keras.callbacks.Callback):
 
 def main(arguments=None):
     options = parse(arguments)
-    times = {}
-    for name in options.models:
-        print(f"{name}: {len(VARIANTS)} variants", file=sys.stderr, flush=True)
-        times[name] = measure(*MODELS[name], options.rounds)
+    times = {name: measure(*MODELS[name], options.rounds) for name in options.models}
     print(f"JAX {jax.__version__}, Keras {keras.__version__}, {options.rounds} rounds\n")
     header = ["model", "variant", "extra, ms", "/ bare"]
     print(format_table(header, [row for name in times for row in rows(name, times[name])], left=2))
