@@ -51,8 +51,11 @@ def shared_of(model):
 
 @changes
 def test_exactly_what_is_frozen_and_never_assigned_is_shared(change):
+    paths = [variable.path for variable in make_frozen(change).variables]
+    keras.utils.clear_session(free_memory=False)
     model = wrap(change, SEVERAL)
     assert names_of(shared_of(model)) == SHARED[change]
+    assert [variable.path for variable in model.raw_model.variables] == paths
     # Not shared: the count of batches, statistics in training, seeds, and what is trained.
     raw = model.raw_model
     assert names_of(raw.variables) - SHARED[change] >= {"counter/count", "norm/moving_mean"}
