@@ -62,6 +62,7 @@ def test_exactly_what_is_frozen_and_never_assigned_is_shared(change):
     assert len({id(variable) for variable in model.variables}) == len(model.variables)
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_bare_model(mode):
     bare = make_frozen(enable_lora, mode=mode)
     model = wrap(enable_lora, SEVERAL, mode=mode, compensated=True)
