@@ -498,7 +498,8 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             own = [variable for variable in average.model.variables if id(variable) not in raw]
             backend.name_apart(own, name)
         self.shadow.start(self.raw_model, inputs)
-        backend.name_apart(self.shadow.variables, self.name)
+        own = [variable for variable in self.shadow.variables if id(variable) not in raw]
+        backend.name_apart(own, self.name)
         self._refuse_quantization()
         if inputs is not None:
             keras_internals.record_inputs(self, inputs)

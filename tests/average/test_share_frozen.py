@@ -51,14 +51,18 @@ def shared_of(model):
 
 @changes
 def test_exactly_what_is_frozen_and_never_assigned_is_shared(change):
+    paths = [variable.path for variable in make_frozen(change).variables]
+    keras.utils.clear_session(free_memory=False)
     model = wrap(change, SEVERAL)
     assert names_of(shared_of(model)) == SHARED[change]
+    assert [variable.path for variable in model.raw_model.variables] == paths
     # Not shared: the count of batches, statistics in training, seeds, and what is trained.
     raw = model.raw_model
     assert names_of(raw.variables) - SHARED[change] >= {"counter/count", "norm/moving_mean"}
     assert len({id(variable) for variable in model.variables}) == len(model.variables)
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_bare_model(mode):
     bare = make_frozen(enable_lora, mode=mode)
     model = wrap(enable_lora, SEVERAL, mode=mode, compensated=True)
