@@ -261,6 +261,10 @@ def _copy_function(value, copier):
     return new
 
 
+def _copy_view(value, copier):
+    return copier.add(value, types.MappingProxyType(copier(dict(value))))
+
+
 def _copy_cell(value, copier):
     return copier.add(value, types.CellType())
 
@@ -270,12 +274,15 @@ _RULES: dict[type, Callable] = {
     **dict.fromkeys((enum.Enum, inspect.Signature, np.generic, type), _share),
     **dict.fromkeys((bytearray, collections.deque, dict, list), _copy_by_protocol),
     **dict.fromkeys((functools.partial, random.Random, types.SimpleNamespace), _copy_by_protocol),
+    **dict.fromkeys((collections.ChainMap, collections.UserDict), _copy_by_protocol),
+    collections.UserList: _copy_by_protocol,
     set: _copy_set,
     frozenset: lambda value, copier: type(value)(_key(item, copier) for item in value),
     np.ndarray: lambda value, copier: copier.add(value, value.copy()),
     tuple: _copy_tuple,
     types.CellType: _copy_cell,
     types.FunctionType: _copy_function,
+    types.MappingProxyType: _copy_view,
     types.MethodType: _copy_method,
     weakref.ref: _copy_weak_reference,
 }

@@ -231,6 +231,12 @@ class Odds(keras.Model):
         self.random = random.Random(2)
         self.names = types.SimpleNamespace(groups=collections.defaultdict(list, all=[self.dense]))
         self.recent = collections.deque([self.dense], maxlen=2)
+        self.views = [
+            types.MappingProxyType({0: self.dense}),
+            collections.UserDict({0: self.dense}),
+            collections.UserList([self.dense]),
+            collections.ChainMap({}, {0: self.dense}),
+        ]
         self.partial = functools.partial(self.dense, training=False)
         self.weak = weakref.ref(self.dense)
         self.traced = tf.function(self.plain)
@@ -258,6 +264,7 @@ def test_what_else_a_model_holds_is_copied():
     clone = assert_copies(model)
     assert clone.names.groups["all"][0] is clone.recent[0] is clone.weak() is clone.dense
     assert clone.recent.maxlen == 2
+    assert all(view[0] is clone.dense for view in clone.views)
     assert clone.names.groups["new"] == []
     assert clone.generator.random() == model.generator.random()
     assert clone.random.random() == model.random.random()
@@ -270,6 +277,25 @@ def test_what_else_a_model_holds_is_copied():
     np.testing.assert_array_equal(model(X), expected)
     assert not np.allclose(clone(X), expected)
     assert float(model.module.named["one"][0]) == 2.0
+
+
+def test_a_copy_of_a_wrapper_has_averages_of_its_own():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(2)])
+    model = polyak_model.PolyakModel(inner, {"short": 0.5, "long": 0.9})
+    before = model.average_models["long"].get_weights()
+    clone = polyak_model.clone_model(model)
+    check_disjoint(model, clone)
+    clone.compile("sgd", "mse")
+    clone.fit(X, np.ones((4, 2)), verbose=0)
+    assert [clone.average_step, model.average_step] == [1, 0]
+    for mine, other, old in zip(
+        clone.average_models["long"].weights,
+        model.average_models["long"].weights,
+        before,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.asarray(other), old)
+        assert np.any(np.asarray(mine) != old)
 
 
 @pytest.mark.tensorflow
