@@ -183,7 +183,7 @@ def lora_factors(layer):
 
     >>> layer = keras.layers.Dense(2, lora_rank=1)
     >>> layer.build((None, 3))
-    >>> {name: factor.shape for name, factor in lora_factors(layer).items()}
+    >>> {name: tuple(factor.shape) for name, factor in lora_factors(layer).items()}
     {'lora_kernel_a': (3, 1), 'lora_kernel_b': (1, 2)}
     """
     if not getattr(layer, "lora_enabled", False):
