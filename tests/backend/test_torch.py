@@ -373,7 +373,10 @@ def test_compiled_training_gives_what_bare_compiled_training_gives(
     rules = {"exponential": ExponentialAverage(0.9), "power": PowerAverage(gamma=3)}
     model = PolyakModel(compile_classifier(make(), jit_compile=True), rules)
     start, iterates = fit_recorded(model, batches, shuffle=False)
-    assert_identical(bare.get_weights(), model.raw_model.get_weights())
+    if compiler == "eager":
+        assert_identical(bare.get_weights(), model.raw_model.get_weights())
+    else:  # It orders operations anew in each compilation: law 10 holds to rounding, as under XLA.
+        assert_close(bare.get_weights(), model.raw_model.get_weights(), ulps=8)
     for name, rule in rules.items():
         expected = closed_forms.average(rule, start, iterates)
         assert_close(expected, model.average_models[name].get_weights(), ulps=4)
