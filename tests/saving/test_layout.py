@@ -123,8 +123,8 @@ def test_two_trainings_never_have_the_same_run_even_with_the_same_seed():
 
 
 def test_a_newer_format_is_refused_with_the_version_that_wrote_it():
-    newer = layout.encode({"format": 3, "version": "9.1"})
-    with pytest.raises(ValueError, match=r"format 3, written by polyak_model 9.1; .* at most 2"):
+    newer = layout.encode({"format": 4, "version": "9.1"})
+    with pytest.raises(ValueError, match=r"format 4, written by polyak_model 9.1; .* at most 3"):
         layout.decode(newer)
 
 
