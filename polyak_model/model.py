@@ -447,6 +447,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
 
     def _check_compiled(self, method):
         raw = self.raw_model
+        if method in ("fit", "train_on_batch"):
+            # Before Keras builds the optimizer for what is trained.
+            self.shadow.check_frozen()
         if raw.compiled and self._compilation() != self._adopted:
             self._adopt_compilation()
         if raw.compiled:

@@ -210,6 +210,10 @@ def test_exclusion_acts_on_what_is_not_shared():
 
 
 def test_averages_on_another_device_share_what_stays_on_that_of_the_raw_model():
+    if keras.backend.backend() == "jax":
+        with pytest.raises(ValueError, match="`device` must be None on JAX"):
+            wrap(enable_lora, device="CPU:0")
+        return
     model = wrap(enable_lora, device="CPU:0")
     fit(model)
     assert names_of(shared_of(model)) == SHARED[enable_lora]
