@@ -602,7 +602,6 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         return step(data)
 
     def make_train_function(self, force=False):
-        self.shadow.check_frozen()
         backend.sync(self)
         self.shadow.catch_up()
         self.shadow.detector.stop()

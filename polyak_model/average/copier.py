@@ -274,8 +274,9 @@ _RULES: dict[type, Callable] = {
     **dict.fromkeys((enum.Enum, inspect.Signature, np.generic, type), _share),
     **dict.fromkeys((bytearray, collections.deque, dict, list), _copy_by_protocol),
     **dict.fromkeys((functools.partial, random.Random, types.SimpleNamespace), _copy_by_protocol),
-    **dict.fromkeys((collections.ChainMap, collections.UserDict), _copy_by_protocol),
-    collections.UserList: _copy_by_protocol,
+    **dict.fromkeys(
+        (collections.ChainMap, collections.UserDict, collections.UserList), _copy_by_protocol
+    ),
     set: _copy_set,
     frozenset: lambda value, copier: type(value)(_key(item, copier) for item in value),
     np.ndarray: lambda value, copier: copier.add(value, value.copy()),

@@ -227,11 +227,11 @@ def check_format(number, version="of a later date"):
         version: The version of the package that wrote it, if known.
 
     Raises:
-        ValueError: If the format is newer than `FORMAT`, or is not an int.
+        ValueError: If the format is newer than `FORMAT_IF_SHARED`, or is not an int.
     """
     if not isinstance(number, int):
         raise damaged(f"'format' is {number!r}")
-    if number > max(FORMAT, FORMAT_IF_SHARED):
+    if number > FORMAT_IF_SHARED:
         raise ValueError(
             f"The file has format {number}, written by polyak_model {version}; expected at most "
             f"{FORMAT_IF_SHARED}, the format of polyak_model {polyak_model.__version__}. Install "

@@ -113,7 +113,7 @@ def exclusive_call(model, route):
 
 @contextlib.contextmanager
 def _called(gate, route):
-    own, is_guest = {}, gate.is_guest
+    is_guest = gate.is_guest
 
     def get_state(purge_model_variables=False, **groups):
         copies = is_guest or route in gate.lent
