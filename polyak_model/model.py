@@ -495,14 +495,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         for clone in self.shadow.models:
             if not cloning.has_weights(clone):
                 self._complete(clone, inputs, batch)
-        raw = {id(variable) for variable in self.raw_model.variables}
-        for name, average in self.shadow.averages.items():
-            # With `share_frozen`, they have variables in common.
-            own = [variable for variable in average.model.variables if id(variable) not in raw]
-            backend.name_apart(own, name)
-        self.shadow.start(self.raw_model, inputs)
-        own = [variable for variable in self.shadow.variables if id(variable) not in raw]
-        backend.name_apart(own, self.name)
+        self.shadow.start(self.raw_model, inputs, self.name)
         self._refuse_quantization()
         if inputs is not None:
             keras_internals.record_inputs(self, inputs)
@@ -530,6 +523,10 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
             backend.build_by_step(self.raw_model, data)
             # Parts that the step does not use are not built yet.
             backend.once(lambda: self._start(None))
+
+    def _may_build_before_tracing(self):
+        started = self.shadow.started and not self.run_eagerly
+        return started and keras_internals.trains_as_keras_does(self.raw_model)
 
     def _build_on_batch(self, data):
         self._build_by_step(data)

@@ -391,3 +391,28 @@ def test_a_metric_that_cannot_be_copied_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="`stream` of .*Handle, which cannot be copied"):
         model.compile("sgd", CROSSENTROPY, metrics=[Opaque()])
     assert not model.raw_model.compiled
+
+
+def test_the_state_tree_of_a_wrapper_contains_all_variables_and_restores_them(batches):
+    model = trained(batches, {"short": 0.9, "long": 0.99}, compensated=True)
+    state = model.get_state_tree("numpy_array")
+    arrays = keras.tree.flatten(state)
+    variables = model.variables + model.optimizer.variables + model.metrics_variables
+    assert len(arrays) == len({id(variable) for variable in variables})
+    before, step = model.get_weights(), model.average_step
+    model.fit(*batches, verbose=0)
+    model.set_state_tree(state)
+    assert model.average_step == step
+    for expected, received in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(received, expected)
+
+
+def test_averages_of_two_parts_of_one_model_have_paths_of_their_own():
+    parts = [PolyakModel(make_classifier(seed)) for seed in (1, 2)]
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.add([part(inputs) for part in parts]))
+    paths = [variable.path for variable in model.variables]
+    averages = [w.path for part in parts for w in part.average_model.weights]
+    assert len(set(averages)) == len(averages)
+    assert not {w.path for part in parts for w in part.raw_model.weights} & set(averages)
+    assert set(averages) <= set(paths)

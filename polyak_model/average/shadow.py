@@ -95,19 +95,22 @@ class Shadow(keras.layers.Layer):
         """Whether raw and average weights are paired."""
         return self.first.pairing is not None
 
-    def start(self, raw_model, inputs=None):
+    def start(self, raw_model, inputs=None, prefix=None):
         """Pairs a built raw model with the average models, which become its copies.
 
         Args:
             raw_model: A `keras.Model`.
             inputs: Symbolic inputs of the models, to check that all have the
                 same outputs; or None.
+            prefix: String to put before the paths of all variables of the
+                averages, or None. Those of an average also begin with its name.
         """
         shared = find_shared(raw_model, self.share_frozen)
         excluded = find_excluded(self.exclude, raw_model.weights, shared)
         settings = (self.non_trainable == "copy", self.compensated, excluded, shared)
         pairings = []
-        for model in self.models:
+        for name, model in zip(self.averages, self.models, strict=True):
+            _name_apart(model.variables, raw_model, name)
             pairing = pair(raw_model, model, self._add_beside, *settings)
             backend.assign((p.average, p.raw) for p in pairing.own)
             backend.assign((master, average) for average, master in pairing.from_masters())
@@ -117,6 +120,8 @@ class Shadow(keras.layers.Layer):
             pairings.append(pairing)
         for average, pairing in zip(self.averages.values(), pairings, strict=True):
             average.pairing = pairing
+        if prefix is not None:
+            _name_apart(self.variables, raw_model, prefix)
         self.built = True
 
     def _add_beside(self, average, role, dtype):
@@ -259,6 +264,12 @@ class Shadow(keras.layers.Layer):
         self.end_file()
         described, self.described = self.described, None
         state.load(self, *(format_1.read(self, store) if described is None else (store, described)))
+
+
+def _name_apart(variables, raw_model, prefix):
+    # With `share_frozen`, some are those of the raw model.
+    raw = set(map(id, raw_model.variables))
+    keras_internals.name_apart([v for v in variables if id(v) not in raw], prefix)
 
 
 def _select(condition, one, other):

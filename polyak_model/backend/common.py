@@ -129,10 +129,6 @@ def symbolic(inputs):
     return tree.map_structure(placeholder, inputs)
 
 
-def name_apart(variables, prefix):
-    pass
-
-
 def is_differentiated(variables):
     return False
 

@@ -53,7 +53,7 @@ MODULES = {
         "synchronize",
     ),
     "processes": ("fetch", "in_one_process", "is_writer"),
-    "copying": ("copy_rules", "is_bookkeeping", "is_shared", "name_apart", "track_copies"),
+    "copying": ("copy_rules", "is_bookkeeping", "is_shared", "track_copies"),
     "generators": ("unchanged_generators",),
     "checks": ("check_compilation", "check_method", "check_placement"),
 }
@@ -159,9 +159,11 @@ class Trainer(TrainingStep, EvaluationStep, PredictionStep):
 
     The subclass also implements `_build_on_batch(data)`, which creates all
     variables for a batch, or for None where they all exist; `_scored()`, which
-    returns the models whose metrics are updated; and
-    `_check_compiled(method_name)`, which raises `ValueError` unless the model can
-    run the method.
+    returns the models whose metrics are updated; `_check_compiled(method_name)`,
+    which raises `ValueError` unless the model can run the method; and
+    `_may_build_before_tracing()`, which returns whether `_build_on_batch` may be
+    called before a step is traced, though Keras itself would not, with the types
+    of a batch.
     """
 
 
@@ -511,17 +513,6 @@ def track_copies(old: Any, new: Any, copier: Any) -> None:
         old: The original.
         new: Its copy.
         copier: The copier that has copied everything else.
-    """
-
-
-def name_apart(variables: Iterable[keras.Variable], prefix: str) -> None:
-    """Puts a prefix before the paths of variables, where modules find parameters by path.
-
-    Elsewhere an average keeps the paths of the raw model.
-
-    Args:
-        variables: The variables.
-        prefix: String.
     """
 
 

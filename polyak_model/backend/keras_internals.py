@@ -40,12 +40,14 @@ __all__ = [
     "lora_factors",
     "loss_tracker",
     "metric_direction",
+    "name_apart",
     "own_weights",
     "penalties",
     "print_message",
     "record_inputs",
     "report_penalties",
     "seed_states",
+    "trains_as_keras_does",
     "trusting_files",
     "untrained_weights",
 ]
@@ -146,6 +148,15 @@ def has_call(model):
 def is_functional(model):
     """Returns whether Keras puts a model together from a graph of layers."""
     return isinstance(model, (keras.Sequential, Functional))
+
+
+def trains_as_keras_does(model):
+    """Returns whether a model has neither a training step, loss nor metrics of its own."""
+    names = ("train_step", "compute_loss", "compute_metrics")
+    return all(
+        getattr(type(model), name) is getattr(keras.Model, name) and name not in vars(model)
+        for name in names
+    )
 
 
 def clear_losses(layer):
@@ -296,6 +307,20 @@ def add_zeros_like(layer, variable, dtype, name):
     weight = keras.Variable("zeros", layout=layout, **arguments)
     layer._track_variable(weight)
     return weight
+
+
+def name_apart(variables, prefix):
+    """Puts a prefix before the paths of variables.
+
+    Trees of a model's state, and PyTorch's modules, find variables by their paths,
+    and a copy has those of the original.
+
+    Args:
+        variables: Iterable of variables.
+        prefix: String.
+    """
+    for variable in variables:
+        variable._path = f"{prefix}/{variable.path}"
 
 
 def metric_direction(metric):

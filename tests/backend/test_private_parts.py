@@ -70,11 +70,17 @@ ATTRIBUTES = [
     *(("model", name) for name in MODEL),
     ("metric", "_direction"),
     ("variable", "_layout"),
+    ("variable", "_path"),
     ("backup", "_current_epoch"),
     ("backup", "_last_batch_seen"),
     ("backup", "_save_model"),
 ]
-OF_TENSORFLOW = [("model", "_distribute_strategy"), ("optimizer", "_distribution_strategy")]
+OF_TENSORFLOW = [
+    ("epoch", "_distributed_dataset"),
+    ("model", "_distribute_strategy"),
+    ("model", "_maybe_symbolic_build"),
+    ("optimizer", "_distribution_strategy"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,17 @@ def owners(tmp_path_factory):
         "metric": [metric],
         "optimizer": [model.optimizer],
         "backup": [backup],
+        "epoch": epochs(x),
     }
+
+
+def epochs(x):
+    if keras.backend.backend() != "tensorflow":
+        return []
+    import tensorflow as tf
+    from keras.src.backend.tensorflow.trainer import TFEpochIterator
+
+    return [TFEpochIterator(tf.distribute.get_strategy(), x)]
 
 
 @pytest.mark.parametrize("name", MODULES)

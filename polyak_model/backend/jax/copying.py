@@ -2,9 +2,7 @@
 
 import jax
 
-from polyak_model.backend.common import name_apart
-
-__all__ = ["copy_rules", "is_bookkeeping", "is_shared", "name_apart", "track_copies"]
+__all__ = ["copy_rules", "is_bookkeeping", "is_shared", "track_copies"]
 
 
 def is_bookkeeping(name):

@@ -5,9 +5,7 @@ from keras.src.utils.tracking import DotNotTrackScope
 from tensorflow.python.trackable.base import Trackable
 from tensorflow.python.trackable.data_structures import ListWrapper, _DictWrapper, _TupleWrapper
 
-from polyak_model.backend.common import name_apart
-
-__all__ = ["copy_rules", "is_bookkeeping", "is_shared", "name_apart", "track_copies"]
+__all__ = ["copy_rules", "is_bookkeeping", "is_shared", "track_copies"]
 
 _DEPENDENCIES = "_self_unconditional_checkpoint_dependencies"
 _BOOKKEEPING = {

@@ -4,7 +4,7 @@ import keras
 import torch
 from keras.src.backend.common import global_state
 
-PRIVATE = ((keras.Variable, ("_path", "_value")),)
+PRIVATE = ((keras.Variable, ("_value",)),)
 
 
 def is_bookkeeping(name):
@@ -13,12 +13,6 @@ def is_bookkeeping(name):
 
 def track_copies(old, new, copier):
     pass  # What a module holds is what it tracks.
-
-
-def name_apart(variables, prefix):
-    # Modules find the gradients to reset, and their state, by the paths of variables.
-    for variable in variables:
-        variable._path = f"{prefix}/{variable.path}"
 
 
 def is_shared(value):
