@@ -5,9 +5,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 from models import compile_classifier, make_classifier
 
-from polyak_model import backend
+from polyak_model import PolyakModel, backend
 from polyak_model.backend.common import optimizers_of
 
 
@@ -156,3 +157,53 @@ def test_a_function_called_outside_a_trace_is_called_once_and_adds_nothing_to_th
 def test_an_error_outside_a_trace_is_raised():
     with pytest.raises(ZeroDivisionError):
         backend.outside_trace(lambda: 1 / 0)
+
+
+class CountsTraces(layers.Layer):
+    """Counts its calls in training, of which compiled steps make one for each trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.traces = 0
+
+    def call(self, inputs, training=None):
+        self.traces += bool(training)
+        return inputs
+
+
+def make_counting():
+    return keras.Sequential([keras.Input((6,)), CountsTraces(), layers.Dense(3), layers.Softmax()])
+
+
+class WithItsOwnLoss(keras.Sequential):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_training_step_is_traced_once_though_keras_itself_traces_it_twice(batches):
+    inner = make_counting()
+    model = PolyakModel(compile_classifier(inner), {"short": 0.9, "long": 0.99})
+    model.fit(*batches, batch_size=4, verbose=0)
+    assert inner.layers[0].traces == 1
+    bare = compile_classifier(make_counting())
+    bare.fit(*batches, batch_size=4, verbose=0)
+    assert bare.layers[0].traces == 2
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("of_class", [keras.Sequential, WithItsOwnLoss])
+def test_training_is_that_of_the_bare_model_whether_it_is_built_early_or_not(
+    of_class, sparse, batches
+):
+    data = tf.data.Dataset.from_tensor_slices(batches).batch(4)
+    if sparse:
+        data = data.map(lambda x, y: (tf.sparse.from_dense(x), y))
+    weights = []
+    for wrap in (lambda model: model, PolyakModel):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,), sparse=sparse)
+        inner = of_class([inputs, layers.Dense(5, activation="relu"), layers.Dense(3, "softmax")])
+        wrap(compile_classifier(inner)).fit(data, shuffle=False, verbose=0)
+        weights.append(inner.get_weights())
+    for expected, received in zip(*weights, strict=True):
+        np.testing.assert_array_equal(received, expected)

@@ -43,7 +43,22 @@ class PredictionStep:
 
 
 class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHook):
-    pass
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        super()._maybe_symbolic_build(iterator, data_batch)
+        # TensorFlow traces a step twice if its first trace creates variables.
+        batch = _batch_specifications(iterator)
+        if batch is not None and self._may_build_before_tracing():
+            self._build_on_batch(batch)
+
+
+def _batch_specifications(iterator):
+    """Returns the `tf.TensorSpec` of each tensor in a batch, or None if one is not known."""
+    batch = getattr(getattr(iterator, "_distributed_dataset", None), "element_spec", None)
+    known = (
+        isinstance(leaf, tf.TensorSpec) and leaf.shape.rank is not None
+        for leaf in tree.flatten(batch)
+    )
+    return batch if all(known) else None
 
 
 def call_step(model, name, data):
@@ -67,7 +82,9 @@ def score(model, x, y, sample_weight, outputs):
 
 
 def _specification(leaf):
-    return None if leaf is None else tf.type_spec_from_value(tf.convert_to_tensor(leaf))
+    if leaf is None or isinstance(leaf, tf.TensorSpec):
+        return leaf
+    return tf.type_spec_from_value(tf.convert_to_tensor(leaf))
 
 
 def build_by_step(model, batch):
