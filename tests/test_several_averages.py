@@ -38,7 +38,18 @@ def trained():
     return model, x, y, history.history
 
 
-@pytest.mark.parametrize("options", [{}, {"compensated": True}, {"non_trainable": "copy"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"non_trainable": "copy"}, "eager"),
+        ({}, "graph"),
+        ({"compensated": True}, "graph"),
+        ({"non_trainable": "copy"}, "xla"),
+        ({"compensated": True}, "xla"),
+    ],
+    ids=str,
+    indirect=["mode"],
+)
 def test_each_average_is_bit_for_bit_what_it_would_be_alone(mode, options, batches):
     together = fit(NAMED, batches, mode, **options)
     for name, rule in NAMED.items():

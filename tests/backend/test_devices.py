@@ -16,12 +16,8 @@ from polyak_model.backend.tensorflow import update as moves
 
 @pytest.mark.parametrize(
     ("make", "mode"),
-    [
-        (make_classifier, {"run_eagerly": True}),
-        (make_classifier, {"jit_compile": True}),
-        (LazyClassifier, {}),
-    ],
-    ids=["eager", "xla", "graph-lazy"],
+    [(make_classifier, {"jit_compile": True}), (LazyClassifier, {})],
+    ids=["xla", "graph-lazy"],
 )
 def test_the_average_lives_on_the_device_that_was_asked_for(make, mode, batches):
     models = []
@@ -108,8 +104,7 @@ class AsksItsAverage(PolyakModel):
         return keras.ops.sum(self.average_model(data[0], training=False)[:, 0])
 
 
-@pytest.mark.parametrize("few", [2, 32])
-@pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.parametrize(("steps_per_execution", "few"), [(1, 2), (4, 32)])
 def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves(
     steps_per_execution, few, batches, monkeypatch
 ):
@@ -118,10 +113,10 @@ def test_a_training_step_that_asks_the_average_sees_it_before_and_after_it_moves
     for mode in ({"run_eagerly": True}, {"steps_per_execution": steps_per_execution}):
         keras.utils.set_random_seed(1)
         model = AsksItsAverage(compile_classifier(make_classifier(), **mode), 0.5)
-        logs = model.fit(*batches, batch_size=16, epochs=6, shuffle=False, verbose=0).history
+        logs = model.fit(*batches, batch_size=16, epochs=3, shuffle=False, verbose=0).history
         answers.append([logs["before"], logs["after"]])
     np.testing.assert_allclose(answers[1], answers[0], rtol=1e-5)
-    assert len({*np.ravel(answers[0])}) > 6
+    assert len({*np.ravel(answers[0])}) > 3
 
 
 def test_many_small_variables_are_captured_as_one(batches):
