@@ -40,11 +40,16 @@ def _arrays(model, training, held_out, epochs, batch_size=mnist.BATCH_SIZE):
     return Training(model, arguments, epochs * math.ceil(len(x) / batch_size), held_out)
 
 
-def dense(seed, images, epochs, rate=0.05, schedule="constant", share=0.0, batch_size=32):
-    """A dense net on MNIST images, trained with SGD and momentum."""
+def dense(
+    seed, images, epochs, rate=0.05, schedule="constant", share=0.0, batch_size=32, init=None
+):
+    """A dense net on MNIST images, trained with SGD and momentum.
+
+    With `init`, a seed, only the initial weights and the order of the images differ.
+    """
     training, held_out = mnist.load(seed, share, images)
     steps = epochs * math.ceil(len(training[0]) / batch_size)
-    model = mnist.build_model(schedule, rate, steps, seed, WIDTHS)
+    model = mnist.build_model(schedule, rate, steps, seed if init is None else init, WIDTHS)
     return _arrays(model, training, held_out, epochs, batch_size)
 
 

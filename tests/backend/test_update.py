@@ -1,4 +1,5 @@
 import collections
+import itertools
 import os
 import subprocess
 import sys
@@ -129,15 +130,14 @@ def test_compensation_keeps_the_sum_of_average_and_residual_exact(
     assert np.abs(a.astype("float64") + r - expected).max() <= 2.5e-7 * scale
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated, bad, weight):
-    average, iterate = [1.0] * 4, [bad, 2.0, 2.0, 2.0]
-    expected = [1, *[1 + weight] * 3]
-    np.testing.assert_allclose(plain(average, iterate, weight), expected, rtol=1e-7)
-    a, r = compensated(average, iterate, [1e-9, 0, 0, 0], weight)
-    np.testing.assert_allclose(a, expected, rtol=1e-7)
-    assert r[0] == np.float32(1e-9)
+def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated):
+    for bad, weight in itertools.product([np.nan, np.inf, -np.inf], [0.0, 0.3, 1.0]):
+        average, iterate = [1.0] * 4, [bad, 2.0, 2.0, 2.0]
+        expected = [1, *[1 + weight] * 3]
+        np.testing.assert_allclose(plain(average, iterate, weight), expected, rtol=1e-7)
+        a, r = compensated(average, iterate, [1e-9, 0, 0, 0], weight)
+        np.testing.assert_allclose(a, expected, rtol=1e-7)
+        assert r[0] == np.float32(1e-9)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -157,20 +157,20 @@ OVERFLOWING = [
 ]
 
 
-@pytest.mark.parametrize("weight", [0.0, 1e-9, 0.25, 0.999, 1.0])
-@pytest.mark.parametrize(("average", "iterate"), OVERFLOWING)
 def test_an_average_of_finite_iterates_is_finite_though_their_difference_overflows(
-    plain, compensated, average, iterate, weight
+    plain, compensated
 ):
-    a, w = np.float64(np.float32(average)), np.float64(np.float32(iterate))
-    c = np.float64(np.float32(weight))
-    tolerance = 3 * np.finfo("float32").eps * np.maximum(np.abs(a), np.abs(w))
-    assert np.all(np.abs(plain(average, iterate, weight) - ((1 - c) * a + c * w)) <= tolerance)
-    residual = np.float32(np.abs(average) * 2.0**-26)
-    moved, rest = compensated(average, iterate, residual, weight)
-    exact = (1 - c) * (a + residual) + c * w
-    assert np.all(np.abs(moved - exact) <= tolerance)
-    assert np.all(np.abs(moved + np.float64(rest) - exact) <= tolerance)
+    weights = [0.0, 1e-9, 0.25, 0.999, 1.0]
+    for (average, iterate), weight in itertools.product(OVERFLOWING, weights):
+        a, w = np.float64(np.float32(average)), np.float64(np.float32(iterate))
+        c = np.float64(np.float32(weight))
+        tolerance = 3 * np.finfo("float32").eps * np.maximum(np.abs(a), np.abs(w))
+        assert np.all(np.abs(plain(average, iterate, weight) - ((1 - c) * a + c * w)) <= tolerance)
+        residual = np.float32(np.abs(average) * 2.0**-26)
+        moved, rest = compensated(average, iterate, residual, weight)
+        exact = (1 - c) * (a + residual) + c * w
+        assert np.all(np.abs(moved - exact) <= tolerance)
+        assert np.all(np.abs(moved + np.float64(rest) - exact) <= tolerance)
 
 
 @pytest.mark.parametrize("bad", [LARGEST, 3e38])
@@ -187,33 +187,33 @@ def test_iterates_whose_squares_overflow_are_averaged_like_others(plain):
 
 
 @pytest.mark.parametrize("compensated", [False, True])
-@pytest.mark.parametrize("bad", [1.5, np.nan, 3e38])
-def test_averages_of_one_iterate_are_updated_as_each_would_be_alone(compensated, bad, compiler):
+def test_averages_of_one_iterate_are_updated_as_each_would_be_alone(compensated, compiler):
     rest = [np.full(2, 1e-9)] if compensated else []
-    w = keras.Variable(np.float32([bad, -0.3]))
-    values = [np.array([-bad if np.isfinite(bad) else 1.0, n / 3]) for n in range(3)]
+    (w,) = variables([0.0, 0.0])
     weights = tf.Variable(np.zeros(3))
-
-    def make_pairs():
-        for value in values:
-            a, *r = variables(value, *rest)
-            yield Pair(a, w, *r)
-
-    together, alone = list(make_pairs()), list(make_pairs())
+    together, alone = (
+        [Pair(a, w, *r) for a, *r in (variables([0.0, 0.0], *rest) for _ in range(3))]
+        for _ in range(2)
+    )
     update_together = compiler(
         lambda: backend.update([([p], weights[n]) for n, p in enumerate(together)])
     )
     update_alone = compiler(
         lambda: [backend.update([([p], weights[n])]) for n, p in enumerate(alone)]
     )
-    for each in ([0.3, 0.001, 0.7], [1.0, 0.2, 0.0], [0.3, 1.0, 1.0], [0.6, 0.1, 0.2]):
-        weights.assign(each)
-        update_together()
-        update_alone()
-        for one, other in zip(together, alone, strict=True):
-            for mine, expected in zip(one, other, strict=True):
-                if mine is not None:
-                    np.testing.assert_array_equal(mine.numpy(), expected.numpy())
+    # Moderate, not finite, and such that its difference from an average overflows.
+    for start, bad in ((-1.5, 1.5), (1.0, np.nan), (-3e38, 3e38)):
+        w.assign(np.float32([bad, -0.3]))
+        for n, pair in enumerate(together + alone):
+            pair.target.assign(np.float32([start, n % 3 / 3]))
+        for each in ([0.3, 0.001, 0.7], [1.0, 0.2, 0.0], [0.3, 1.0, 1.0], [0.6, 0.1, 0.2]):
+            weights.assign(each)
+            update_together()
+            update_alone()
+            for one, other in zip(together, alone, strict=True):
+                for mine, expected in zip(one, other, strict=True):
+                    if mine is not None:
+                        np.testing.assert_array_equal(mine.numpy(), expected.numpy())
 
 
 def test_operations_after_an_update_see_it(compiler):

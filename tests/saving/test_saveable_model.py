@@ -180,15 +180,16 @@ def test_a_disk_that_fills_up_leaves_the_file_before_and_is_told(trained):
     assert not list(trained.glob(".polyak_model-partial-*"))
 
 
-@pytest.mark.parametrize("number", range(1, layout.FORMAT + 1))
+@pytest.mark.parametrize("number", range(1, layout.FORMAT_IF_SHARED + 1))
 def test_files_of_every_format_so_far_load(number):
     """Each was written by `write_files` below when its format was new."""
     expected = np.load(FORMATS / f"format-{number}.npz")
     loaded = keras.models.load_model(FORMATS / f"format-{number}.keras")
     assert loaded.shadow.first.rule.get_config() == PowerAverage(2).get_config()
-    fresh = make_small()
+    fresh = make_small(share_frozen=number == layout.FORMAT_IF_SHARED)
     fresh.load_weights(FORMATS / f"format-{number}.weights.h5")
     for model in (loaded, fresh):
+        assert len(model.shadow.first.pairing.shared) == 2 * (number == layout.FORMAT_IF_SHARED)
         assert model.average_step == expected["step"]
         assert int(model.optimizer.iterations) == expected["step"]
         for route in ("average", "raw"):
@@ -344,13 +345,15 @@ def test_a_file_with_another_compensation_is_refused(compensated, tmp_path):
     assert_identical(state(other), before)
 
 
-def make_small():
-    inner = keras.Sequential([keras.Input((2,)), layers.Dense(3), layers.BatchNormalization()])
+def make_small(share_frozen=False):
+    frozen = [layers.Dense(4, trainable=False)] if share_frozen else []
+    net = [keras.Input((2,)), *frozen, layers.Dense(3), layers.BatchNormalization()]
+    inner = keras.Sequential(net)
     inner.compile("adam", loss="mse")
-    return PolyakModel(inner, PowerAverage(2))
+    return PolyakModel(inner, PowerAverage(2), share_frozen=share_frozen)
 
 
-def write_files():
+def write_files(share_frozen=False):
     """Writes the files of the present format.
 
     Call it once, when the format is new, under the oldest Keras, which cannot load what newer ones
@@ -358,9 +361,10 @@ def write_files():
     """
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
-    model = make_small()
+    model = make_small(share_frozen)
     model.fit(x, x[:, :1] * np.ones(3), epochs=5, verbose=0)
-    path = FORMATS / f"format-{layout.FORMAT}"
+    number = layout.FORMAT_IF_SHARED if share_frozen else layout.FORMAT
+    path = FORMATS / f"format-{number}"
     answers = {route: model.predict(x, using=route, verbose=0) for route in ("average", "raw")}
     np.savez(path.with_suffix(".npz"), x=x, step=model.average_step, **answers)
     model.save(path.with_suffix(".keras"))
