@@ -22,7 +22,7 @@ from keras import layers
 
 from polyak_model import AverageCheckpoint, PolyakModel, PowerAverage
 
-EPOCHS = 30
+EPOCHS = 12
 
 
 def make_model():
@@ -118,8 +118,10 @@ def wait_for_writing(folder, times, child):
     """Waits until the child has begun to write the given number of files."""
     seen = partial_files(folder)
     while is_running(child) and times > 0:
-        times -= len(partial_files(folder) - seen)
-        seen |= partial_files(folder)
+        now = partial_files(folder)
+        times -= len(now - seen)
+        seen |= now
+        time.sleep(0.0005)
 
 
 def partial_files(folder):

@@ -76,7 +76,7 @@ def main(folder, index):
         results |= named(f"{name}/average", model.average_model.get_weights())
         for i, iterate in enumerate(iterates):
             results |= named(f"{name}/iterate{i}/", iterate)
-        for route in ROUTES:
+        for route in ROUTES if make is make_classifier else ():
             results[f"{name}/{route}"] = model.predict(data["x"], verbose=0, using=route)
         # TensorFlow's convention: every worker saves, and only the chief's file is kept.
         model.save(folder / f"{name}{'' if index == 0 else '-temporary'}.keras")
