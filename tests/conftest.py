@@ -30,7 +30,8 @@ if BACKEND == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # JAX compiles everything by XLA; on PyTorch, Keras compiles nothing unless told to.
 MODES_OF = {"jax": {"eager", "xla"}, "torch": {"eager"}}
-# Modules with laws of all backends. What is about TensorFlow in them is marked so.
+# Modules with laws of all backends. In them a marker excepts what is about TensorFlow, or about
+# files and scores, which are the same wherever the state of a model can be read and written.
 OF_ALL_BACKENDS = {
     "test_backup_and_restore.py",
     "test_batch_norm.py",

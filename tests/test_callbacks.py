@@ -96,6 +96,7 @@ def test_the_best_file_contains_the_weights_with_the_best_score(fit, tmp_path, o
     assert_identical(loaded.get_weights(), recorder.average[int(np.argmin(scores))])
 
 
+@pytest.mark.tensorflow
 def test_a_higher_accuracy_is_better(fit, tmp_path):
     model = make_model(report=("average", "raw"))
     path = tmp_path / "{epoch}.weights.h5"
@@ -106,6 +107,7 @@ def test_a_higher_accuracy_is_better(fit, tmp_path):
     assert names(tmp_path) == [f"{epoch + 1}.weights.h5" for epoch in improved]
 
 
+@pytest.mark.tensorflow
 def test_nan_is_never_the_best_score(fit, tmp_path):
     best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     model = make_model()
@@ -136,6 +138,7 @@ def test_batches_of_one_execution_are_counted_as_by_keras(fit, tmp_path):
     assert names(tmp_path) == [*names(theirs.parent), "keras"]
 
 
+@pytest.mark.tensorflow
 def test_only_the_last_files_of_this_training_and_this_callback_are_kept(fit, tmp_path):
     (tmp_path / "notes.keras").write_text("mine")
     fit(make_model(), AverageCheckpoint(tmp_path / "old-{epoch}.keras"), epochs=1)
@@ -170,6 +173,7 @@ def test_resumed_training_continues_with_its_best_score_and_its_files(fit, tmp_p
     assert_identical(received.get_weights(), expected.get_weights())
 
 
+@pytest.mark.tensorflow
 def test_another_training_starts_without_a_score(fit, tmp_path):
     path = tmp_path / "best.keras"
     first, second = (AverageCheckpoint(path, save_best_only=True) for _ in range(2))
@@ -183,6 +187,7 @@ def test_another_training_starts_without_a_score(fit, tmp_path):
 # Counters that fall
 
 
+@pytest.mark.tensorflow
 def test_the_newest_files_are_kept_after_the_average_was_reset(fit, tmp_path):
     model, callback = make_model(), AverageCheckpoint(tmp_path / "{epoch}.keras", keep_last=2)
     fit(model, callback, epochs=4)
@@ -191,6 +196,7 @@ def test_the_newest_files_are_kept_after_the_average_was_reset(fit, tmp_path):
     assert names(tmp_path) == ["5.keras", "6.keras"]
 
 
+@pytest.mark.tensorflow
 def test_the_newest_files_are_kept_after_training_went_back_to_an_earlier_one(fit, tmp_path):
     path = tmp_path / "{epoch}.weights.h5"
     fit(make_model(), AverageCheckpoint(path, "both", keep_last=4), epochs=5)
@@ -218,6 +224,7 @@ def test_the_newest_file_is_kept_between_the_batches_of_one_step(fit, tmp_path):
     assert kept == [[f"{epoch}-{batch}.weights.h5"] for epoch in (1, 2, 3) for batch in (1, 2)]
 
 
+@pytest.mark.tensorflow
 def test_the_best_file_is_kept_after_the_average_was_reset(fit, tmp_path):
     model = make_model()
     best = AverageCheckpoint(tmp_path / "{epoch}.keras", save_best_only=True, keep_last=1)
@@ -228,6 +235,7 @@ def test_the_best_file_is_kept_after_the_average_was_reset(fit, tmp_path):
     assert names(tmp_path) == ["3.keras"]
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("name", ["best.keras", "{epoch}.best.keras"])
 @pytest.mark.parametrize("same_callback", [True, False])
 def test_a_training_that_went_back_has_the_best_score_of_before(fit, tmp_path, name, same_callback):
@@ -252,6 +260,7 @@ def test_a_training_that_went_back_has_the_best_score_of_before(fit, tmp_path, n
     assert again.best == min(scores)
 
 
+@pytest.mark.tensorflow
 def test_a_callback_that_loads_an_earlier_file_between_epochs_takes_its_score_back(fit, tmp_path):
     def go_back(epoch, logs):
         if epoch == 2:
@@ -273,6 +282,7 @@ def test_a_callback_that_loads_an_earlier_file_between_epochs_takes_its_score_ba
     assert seen[6] == seen[2] > seen[4]
 
 
+@pytest.mark.tensorflow
 def test_a_training_that_is_compiled_anew_and_reset_keeps_its_best_score(fit, tmp_path):
     model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     scores = fit(model, best, epochs=3)["val_loss"]
@@ -281,6 +291,7 @@ def test_a_training_that_is_compiled_anew_and_reset_keeps_its_best_score(fit, tm
     assert min(fit(model, best, epochs=1)["val_loss"]) > min(scores) == best.best
 
 
+@pytest.mark.tensorflow
 def test_weights_that_change_between_fits_without_a_step_keep_the_best_score(fit, tmp_path):
     model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     stop = keras.callbacks.EarlyStopping(patience=1, restore_best_weights=True)
@@ -293,6 +304,7 @@ def test_weights_that_change_between_fits_without_a_step_keep_the_best_score(fit
     assert best.best == min(scores)
 
 
+@pytest.mark.tensorflow
 def test_a_score_whose_file_could_not_be_written_is_not_the_best(fit, tmp_path):
     (tmp_path / "best.keras").mkdir()
     model, best = make_model(), AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
@@ -305,6 +317,7 @@ def test_a_score_whose_file_could_not_be_written_is_not_the_best(fit, tmp_path):
     assert names(tmp_path) == ["best.keras"]
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("order", [1, -1], ids=["checkpoint first", "backup first"])
 def test_a_best_score_after_the_last_backup_does_not_count_once_training_resumes(
     fit, tmp_path, order
@@ -341,6 +354,7 @@ def test_a_lazily_built_model_is_saved(fit, tmp_path):
 # Refused
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -359,6 +373,7 @@ def test_an_argument_out_of_range_is_refused(arguments, message):
         AverageCheckpoint(**{"filepath": "best.keras", **arguments})
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -383,11 +398,13 @@ def test_saving_another_model_than_the_one_scored_is_refused_before_the_first_st
     assert model.average_step == 0
 
 
+@pytest.mark.tensorflow
 def test_a_model_that_is_not_wrapped_is_refused(fit, tmp_path):
     with pytest.raises(TypeError, match="the fit of a Sequential. Wrap the model"):
         fit(make_compiled("sgd"), AverageCheckpoint(tmp_path / "best.keras"))
 
 
+@pytest.mark.tensorflow
 def test_a_score_of_unknown_direction_is_refused_after_one_batch(fit, tmp_path):
     model = make_model()
     callback = AverageCheckpoint(tmp_path / "a.keras", monitor="val_x", save_best_only=True)
@@ -396,6 +413,7 @@ def test_a_score_of_unknown_direction_is_refused_after_one_batch(fit, tmp_path):
     assert model.average_step == 1
 
 
+@pytest.mark.tensorflow
 def test_a_score_missing_from_the_logs_is_refused_and_the_logs_are_listed(fit, tmp_path):
     callback = AverageCheckpoint(tmp_path / "a.keras", monitor="val_x", mode="min")
     callback.save_best_only = True
@@ -403,6 +421,7 @@ def test_a_score_missing_from_the_logs_is_refused_and_the_logs_are_listed(fit, t
         fit(make_model(), callback)
 
 
+@pytest.mark.tensorflow
 def test_a_warning_says_that_nothing_is_saved_without_validation(fit, tmp_path):
     best = AverageCheckpoint(tmp_path / "best.keras", save_best_only=True)
     with pytest.warns(UserWarning, match="Nothing was saved after epoch 1: .* validation_data"):
@@ -410,6 +429,7 @@ def test_a_warning_says_that_nothing_is_saved_without_validation(fit, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.tensorflow
 def test_a_score_that_another_callback_adds_can_be_monitored(fit, tmp_path):
     added = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: logs.update(val_rank=[3, 1, 2][epoch])

@@ -44,7 +44,6 @@ def trained():
         ({"non_trainable": "copy"}, "eager"),
         ({}, "graph"),
         ({"compensated": True}, "graph"),
-        ({"non_trainable": "copy"}, "xla"),
         ({"compensated": True}, "xla"),
     ],
     ids=str,

@@ -120,6 +120,7 @@ def test_a_layer_used_twice_pools_both_uses():
     assert_close([both.mean(0), both.var(0)], received, ulps=2)
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("axis", [-1, 1, 2])
 def test_statistics_are_per_channel_of_any_axis(axis):
     model = keras.Sequential([keras.Input((4, 5, 3)), layers.BatchNormalization(axis=axis)])
@@ -137,6 +138,7 @@ def test_what_is_masked_does_not_count():
     assert_close([counted.mean(0), counted.var(0)], refreshed(model, x, batch_size=1), ulps=2)
 
 
+@pytest.mark.tensorflow
 def test_moments_pass_over_masked_entries_that_are_not_a_number():
     x = keras.ops.convert_to_tensor([[[1.0], [np.nan], [3.0]]])
     mask = keras.ops.convert_to_tensor([[True, False, True]])
@@ -144,6 +146,7 @@ def test_moments_pass_over_masked_entries_that_are_not_a_number():
         assert [float(value[0]) for value in moments(x, -1, mask)] == [2, 2, 1]
 
 
+@pytest.mark.tensorflow
 def test_a_pool_keeps_the_digits_of_a_small_variance_far_from_zero():
     x = 1e6 + np.random.default_rng(0).normal(size=(1000, 1))
     with backend.double_precision():
@@ -183,6 +186,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize(
     "make",
     [
@@ -262,6 +266,7 @@ class Interrupted(keras.utils.PyDataset):
         return (draw(4, 6),)
 
 
+@pytest.mark.tensorflow
 def test_if_the_pass_fails_or_is_interrupted_the_old_statistics_stand():
     model = make_two_in_sequence()
     refreshed(model, draw(8, 6))
@@ -274,6 +279,7 @@ def test_if_the_pass_fails_or_is_interrupted_the_old_statistics_stand():
     assert model.layers[1].call == call
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize(
     ("make", "array", "message"),
     [

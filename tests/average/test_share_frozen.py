@@ -22,6 +22,7 @@ from frozen_models import (
     make_frozen,
     names_of,
     quantize,
+    quantize_with_lora,
     values_of,
 )
 from keras import layers
@@ -82,7 +83,7 @@ def test_training_is_that_of_the_bare_model(mode):
     assert not any(v.trainable for each in model.average_models.values() for v in each.variables)
 
 
-@changes
+@pytest.mark.parametrize("change", [freeze_kernel, enable_lora, quantize_with_lora])
 def test_iterates_and_averages_are_those_without_sharing(change):
     models = [
         PolyakModel(make_frozen(change), SEVERAL, share_frozen=share) for share in (False, True)

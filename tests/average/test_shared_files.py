@@ -126,6 +126,7 @@ def test_save_load_continue_is_never_stopping(change, name, tmp_path):
     assert_identical(predictions(loaded), predictions(model))
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("change", [freeze_kernel, enable_lora, quantize_with_lora])
 def test_a_file_is_loaded_by_a_wrapper_that_does_not_share(change, tmp_path):
     model, other = trained(change), wrap(change, share_frozen=False)
@@ -137,6 +138,7 @@ def test_a_file_is_loaded_by_a_wrapper_that_does_not_share(change, tmp_path):
     assert_identical(all_values(other), all_values(model))
 
 
+@pytest.mark.tensorflow
 def test_a_file_is_loaded_by_a_wrapper_that_does_share_if_values_agree(tmp_path):
     model, other = trained(share_frozen=False), wrap()
     model.save_weights(tmp_path / "a.weights.h5")
@@ -145,6 +147,7 @@ def test_a_file_is_loaded_by_a_wrapper_that_does_share_if_values_agree(tmp_path)
     assert shared_names(other) == SHARED[keep]
 
 
+@pytest.mark.tensorflow
 def test_a_file_with_other_values_is_refused_by_name(tmp_path):
     model = trained(enable_lora, share_frozen=False)
     model.save_weights(tmp_path / "a.weights.h5")
@@ -157,6 +160,7 @@ def test_a_file_with_other_values_is_refused_by_name(tmp_path):
     assert "load_own_variables" not in vars(other.raw_model.get_layer("middle"))
 
 
+@pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
 @pytest.mark.parametrize(("change", "other"), [(enable_lora, keep), (quantize_with_lora, quantize)])
 def test_factors_of_lora_are_merged_where_a_model_has_none(change, other, tmp_path):
@@ -176,6 +180,7 @@ def test_factors_of_lora_are_merged_where_a_model_has_none(change, other, tmp_pa
         assert_identical(values_of(received.weights), values_of(bare.weights))
 
 
+@pytest.mark.tensorflow
 def test_averages_can_be_added_to_and_left_out_of_a_file(tmp_path):
     model = trained(enable_lora)
     model.save_weights(tmp_path / "a.weights.h5")
@@ -187,6 +192,7 @@ def test_averages_can_be_added_to_and_left_out_of_a_file(tmp_path):
     assert_identical(values_of(other.average_models["new"].weights), expected)
 
 
+@pytest.mark.tensorflow
 def test_a_larger_model_saves_and_loads_a_part_that_shares(tmp_path):
     def make():
         inner = make_frozen(enable_lora, compiled=False)
@@ -223,6 +229,7 @@ def test_an_average_is_saved_as_a_complete_plain_model(change, tmp_path):
     np.testing.assert_allclose(received, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.tensorflow
 def test_a_save_that_fails_leaves_the_model_as_it_was(tmp_path):
     model = trained(enable_lora)
 
@@ -240,6 +247,7 @@ def test_a_save_that_fails_leaves_the_model_as_it_was(tmp_path):
     model.save(tmp_path / "a.keras")
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("change", [keep, enable_lora, quantize])
 @pytest.mark.parametrize("name", ["a.keras", "a.weights.h5"])
 def test_what_is_extracted_is_what_the_model_itself_saves(change, name, tmp_path):
@@ -262,6 +270,7 @@ def test_what_is_extracted_is_what_the_model_itself_saves(change, name, tmp_path
             np.testing.assert_allclose(received, predicted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.tensorflow
 def test_a_quantized_kernel_with_lora_is_not_extracted(tmp_path):
     trained(quantize_with_lora).save(tmp_path / "a.keras")
     with pytest.raises(InputError, match="under LoRA is quantized. Load the file with Keras"):
@@ -269,6 +278,7 @@ def test_a_quantized_kernel_with_lora_is_not_extracted(tmp_path):
     assert not os.path.exists(tmp_path / "b.keras")
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("removed", ["lora_kernel_a", "lora_kernel_b", "0"])
 def test_a_file_that_lacks_a_part_of_lora_is_refused(removed, tmp_path):
     path = tmp_path / "a.weights.h5"
@@ -279,6 +289,7 @@ def test_a_file_that_lacks_a_part_of_lora_is_refused(removed, tmp_path):
         extract_file(path, "raw", tmp_path / "b.weights.h5")
 
 
+@pytest.mark.tensorflow
 def test_snapshots_of_a_model_that_shares_are_rebuilt(tmp_path):
     model = trained(average=PowerAverage.pair())
     fit(model, epochs=4, callbacks=[AverageSnapshots(tmp_path / "s", every=2)])
@@ -292,6 +303,7 @@ def test_snapshots_of_a_model_that_shares_are_rebuilt(tmp_path):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.tensorflow
 def test_checkpoints_of_a_model_that_shares(tmp_path):
     model = wrap(enable_lora)
     callbacks = [
@@ -308,6 +320,7 @@ def test_checkpoints_of_a_model_that_shares(tmp_path):
     assert_identical(all_values(both), all_values(model))
 
 
+@pytest.mark.tensorflow
 def test_a_large_frozen_part_takes_its_place_in_files_once(tmp_path):
     inner = keras.Sequential([keras.Input((8,)), layers.Dense(2**15), layers.Dense(1)])
     inner.layers[0].trainable = False

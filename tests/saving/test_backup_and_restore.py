@@ -16,6 +16,7 @@ from polyak_model.saving.score_record import read_record
 WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "kill_worker.py"
 
 
+@pytest.mark.tensorflow
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL and no fork")
 def test_training_killed_several_times_ends_like_uninterrupted_training(tmp_path):

@@ -53,6 +53,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
@@ -74,6 +75,7 @@ def test_a_file_that_cannot_be_loaded_is_named_and_leaves_the_model_untouched(
     assert_identical(state(model), before)
 
 
+@pytest.mark.tensorflow
 def test_a_model_of_a_newer_format_is_refused_by_load_model(trained):
     with pytest.raises(ValueError, match="format 99, .* Install that version"):
         keras.models.load_model(trained / "newer.keras")
@@ -107,18 +109,21 @@ def test_a_failure_in_the_middle_of_loading_is_undone(trained):
     assert_identical(state(model), before)
 
 
+@pytest.mark.tensorflow
 def test_weights_are_loaded_only_into_a_model_that_has_some(trained):
     model = PolyakModel(keras.Sequential([layers.Dense(3)]))
     with pytest.raises(ValueError, match="`load_weights.*not built. Call model.build"):
         model.load_weights(trained / "model.weights.h5")
 
 
+@pytest.mark.tensorflow
 def test_weights_load_into_a_model_that_is_not_compiled(trained):
     model = PolyakModel(make_classifier(), compensated=True)
     model.load_weights(trained / "model.weights.h5")
     assert model.average_step == 2
 
 
+@pytest.mark.tensorflow
 def test_an_optimizer_without_state_loads_beside_that_of_a_compiled_part(tmp_path):
     models = []
     for _ in range(2):
@@ -133,6 +138,7 @@ def test_an_optimizer_without_state_loads_beside_that_of_a_compiled_part(tmp_pat
     assert_identical(models[1].get_weights(), models[0].get_weights())
 
 
+@pytest.mark.tensorflow
 def test_a_file_is_not_overwritten_when_the_user_declines(trained, tmp_path, monkeypatch):
     model = PolyakModel(make_classifier())
     for save, name in ((model.save, "a.keras"), (model.save_weights, "a.weights.h5")):
@@ -144,6 +150,7 @@ def test_a_file_is_not_overwritten_when_the_user_declines(trained, tmp_path, mon
         assert path.read_bytes() == saved
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 def test_a_file_is_no_larger_than_the_room_that_is_made_sure_of(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
@@ -168,6 +175,7 @@ for save, path in ((model.save, sys.argv[1]), (model.save_weights, sys.argv[2]))
 """
 
 
+@pytest.mark.tensorflow
 @pytest.mark.processes
 def test_a_disk_that_fills_up_leaves_the_file_before_and_is_told(trained):
     paths = [trained / "model.keras", trained / "model.weights.h5"]
@@ -230,6 +238,7 @@ def test_master_copies_residuals_and_seeds_of_format_1_load():
         np.testing.assert_array_equal(received, expected[name], err_msg=name)
 
 
+@pytest.mark.tensorflow
 def test_a_sequential_model_that_is_rewritten_as_a_functional_one_loads(tmp_path):
     sequential = make_small()
     sequential.fit(np.ones((8, 2)), np.ones((8, 3)), verbose=0)
@@ -265,6 +274,7 @@ def train_subclass(kind):
     return model
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("skip_mismatch", [False, True])
 def test_a_model_whose_class_was_renamed_loads_whole(skip_mismatch, tmp_path):
     model = train_subclass(Former)
@@ -274,6 +284,7 @@ def test_a_model_whose_class_was_renamed_loads_whole(skip_mismatch, tmp_path):
     assert_identical(loaded.get_weights(), model.get_weights())
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("policy", ["float32", "bfloat16"])
 def test_what_is_skipped_in_the_raw_model_is_skipped_in_its_averages(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
@@ -304,6 +315,7 @@ if BACKEND == "jax":
     PRECISIONS.remove("float64")  # It has 32 bits unless told otherwise.
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("saved", PRECISIONS)
 @pytest.mark.parametrize("loaded", PRECISIONS)
 def test_weights_saved_under_one_precision_load_under_another(saved, loaded, tmp_path):
