@@ -289,13 +289,42 @@ def test_one_of_several_replicas_is_read(tmp_path, strategy):
         np.testing.assert_array_equal(arrays[path], average.weights[0].numpy())
 
 
-def test_weights_that_keras_saves_in_another_form_are_refused(tmp_path):
-    layer = keras.layers.Dense(2)
-    inner = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
-    layer.enable_lora(1)
+def make_with_lora(quantize=False):
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    if quantize:
+        inner.layers[0].quantize("int8")
+    inner.layers[0].enable_lora(1, lora_alpha=3)
     inner.compile("sgd", loss="mse")
-    with pytest.raises(ValueError, match="saves in another form, as with LoRA"):
-        fit(PolyakModel(inner), tmp_path / "a")
+    return inner
+
+
+@pytest.mark.parametrize("share_frozen", [False, True])
+@pytest.mark.parametrize("with_like", [False, True])
+def test_factors_of_lora_are_rebuilt_and_merged(share_frozen, with_like, tmp_path):
+    inner = make_with_lora()
+    frozen = inner.layers[0].get_weights()[0]
+    model = PolyakModel(inner, PowerAverage.pair(), share_frozen=share_frozen)
+    fit(model, tmp_path / "a", every=5)
+    plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    like, output = None, tmp_path / "rebuilt.weights.h5"
+    if with_like:
+        like, output = tmp_path / "like.keras", tmp_path / "rebuilt.keras"
+        model.average_model.save(like)
+    for name, rule in model.rules.items():
+        rebuild(tmp_path / "a", rule, output, like=like)
+        if with_like:
+            plain = keras.models.load_model(output, compile=False)
+        else:
+            plain.load_weights(output)
+        expected = model.predict(X, using=name, verbose=0)
+        np.testing.assert_allclose(plain.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(plain.layers[0].get_weights()[0] - frozen).max() > 1e-3
+
+
+def test_lora_on_a_quantized_kernel_is_refused_before_the_first_step(tmp_path):
+    model = PolyakModel(make_with_lora(quantize=True))
+    with pytest.raises(ValueError, match="quantized weight '.*kernel'. Train without quantization"):
+        fit(model, tmp_path / "a")
 
 
 def test_other_models_and_counts_are_refused(tmp_path):

@@ -5,7 +5,8 @@ with shared weights do so as follows: those of an average leave out what is
 shared, which is in the group of the raw model. Keras would merge LoRA into the
 kernel, and the results for the raw model and for each average would differ. So
 the kernel is saved as it is, and beside it the factors, by their names, and
-`lora_alpha`.
+`lora_alpha`. Snapshots contain LoRA in the same form, since merged kernels of
+several averages cannot be combined.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from polyak_model import backend
 from polyak_model.average import cloning
 from polyak_model.backend import keras_internals
 from polyak_model.saving import layout
+from polyak_model.saving.variable_paths import replaced_method
 
 SAVE, LOAD = "save_own_variables", "load_own_variables"
 
@@ -32,9 +34,9 @@ def saving(pairings):
         for raw, averages in _layers(pairings):
             shared = _shared_ids(pairings, raw)
             if shared:
-                stack.enter_context(_replaced(raw, SAVE, _saver(raw)))
+                stack.enter_context(replaced_method(raw, SAVE, _saver(raw)))
                 for average in averages:
-                    stack.enter_context(_replaced(average, SAVE, _saver(average, shared)))
+                    stack.enter_context(replaced_method(average, SAVE, _saver(average, shared)))
         yield
 
 
@@ -52,10 +54,24 @@ def loading(pairings, described):
             shared = _shared_ids(pairings, raw)
             if shared or is_shared:
                 stored = {}
-                stack.enter_context(_replaced(raw, LOAD, _loader(raw, stored)))
+                stack.enter_context(replaced_method(raw, LOAD, _loader(raw, stored)))
                 for average in averages:
                     load = _loader_of_average(average, raw, stored, shared, is_shared)
-                    stack.enter_context(_replaced(average, LOAD, load))
+                    stack.enter_context(replaced_method(average, LOAD, load))
+        yield
+
+
+@contextlib.contextmanager
+def unmerged(model):
+    """While open, the layers of a model save LoRA as it is, not merged into the kernel.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in keras_internals.flatten_layers(model):
+            if keras_internals.lora_factors(layer):
+                stack.enter_context(replaced_method(layer, SAVE, _saver(layer)))
         yield
 
 
@@ -73,18 +89,6 @@ def _layers(pairings):
 def _shared_ids(pairings, layer):
     shared = {id(p.raw) for p in pairings[0].shared}
     return shared.intersection(map(id, keras_internals.own_weights(layer)))
-
-
-@contextlib.contextmanager
-def _replaced(layer, name, method):
-    before = vars(layer).get(name)
-    object.__setattr__(layer, name, method)
-    try:
-        yield
-    finally:
-        object.__delattr__(layer, name)
-        if before is not None:
-            object.__setattr__(layer, name, before)
 
 
 def _saver(layer, left_out=()):

@@ -32,6 +32,9 @@ class AverageSnapshots(keras.callbacks.Callback):
     length of the training is known, small snapshots that will be removed are
     written only if it ends early.
 
+    The factors of LoRA are saved one by one, and merged into the kernel where an
+    average is rebuilt.
+
     A training that is resumed goes on in the same folder. Files that this callback
     did not write are left alone.
 
@@ -44,8 +47,8 @@ class AverageSnapshots(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is out of its range. When training begins: if
-            the folder contains snapshots of another training, or Keras saves
-            weights of the model in another form, as after `enable_lora`.
+            the folder contains snapshots of another training, or a layer saves
+            weights in a form of its own.
         TypeError: When training begins, if the model is not a `PolyakModel`.
 
     Example:

@@ -20,7 +20,7 @@ class Lora(typing.NamedTuple):
     second: Variable
     alpha: Variable
 
-    def write(self, name, file):
+    def write(self, name, file, dtype=None):
         """Writes the kernel with the product of the factors added, as Keras saves it.
 
             kernel + alpha / rank * first @ second
@@ -28,6 +28,8 @@ class Lora(typing.NamedTuple):
         Args:
             name: The name of the kernel.
             file: An `h5py.File` or a `TensorsWriter`.
+            dtype: The dtype to write, as Keras names it. Defaults to None: that
+                of the kernel.
 
         Raises:
             InputError: If the kernel is quantized.
@@ -42,8 +44,9 @@ class Lora(typing.NamedTuple):
         first, second = (factor.read().astype("float32") for factor in (self.first, self.second))
         scale = np.float32(self.alpha.read()) / first.shape[-1]
         merged = kernel.astype("float32") + scale * (first @ second)
-        write = create_variable(file, name, kernel.shape, self.kernel.dtype)
-        write((), merged.astype(kernel.dtype))
+        dtype = dtype or self.kernel.dtype
+        write = create_variable(file, name, kernel.shape, dtype)
+        write((), merged.astype(dtype))
 
 
 def find_shared_variables(weights, wrapper, group):

@@ -68,8 +68,24 @@ def _recording(layer, number, stored):
         if stored:
             store[_LAYER] = keras.ops.convert_to_numpy(number)
 
-    layer.save_own_variables = record
+    with replaced_method(layer, "save_own_variables", record):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_method(layer, name, method):
+    """While open, a layer has another method of its own.
+
+    Args:
+        layer: A `keras.Layer`.
+        name: The name of the method.
+        method: A function of the arguments without the layer.
+    """
+    before = vars(layer).get(name)
+    object.__setattr__(layer, name, method)
     try:
         yield
     finally:
-        del layer.save_own_variables
+        object.__delattr__(layer, name)
+        if before is not None:
+            object.__setattr__(layer, name, before)

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 
 from polyak_model import backend
+from polyak_model.average.shared_files import unmerged
+from polyak_model.saving import layout
 from polyak_model.saving.variable_paths import find_saved_values
 from polyak_model.snapshots.record import Weight
 
@@ -45,18 +47,28 @@ class AverageReader:
 
     def _find_sources(self):
         pairing = self._average.pairing
-        values, self.groups = find_saved_values(pairing.average_model)
+        with unmerged(pairing.average_model):
+            values, self.groups = find_saved_values(pairing.average_model)
         saved = {id(value) for value in values.values()}
         for pair in pairing.averaged:
             if id(pair.average) not in saved:
                 raise ValueError(
                     "AverageSnapshots needs weights that Keras saves as they are. Received: the "
-                    f"weight {pair.average.path!r}, which it saves in another form, as with LoRA. "
-                    "Merge it before the model is wrapped."
+                    f"weight {pair.average.path!r}, which its layer saves in another form."
+                )
+        for path in filter(layout.is_lora_alpha, values):
+            kernel = values[f"{path.rpartition('/')[0]}/0"]
+            if "float" not in str(kernel.dtype):
+                raise ValueError(
+                    "AverageSnapshots needs kernels into which LoRA can be merged. Received: the "
+                    f"quantized weight {kernel.path!r}. Train without quantization."
                 )
         pairs = {id(pair.average): pair for pair in pairing.averaged}
         self._sources = [_find_source(path, v, pairs.get(id(v))) for path, v in values.items()]
-        self._are_variables = all(isinstance(v, keras.Variable) for v in values.values())
+        self._are_constant = all(
+            isinstance(value, keras.Variable) or layout.is_lora_alpha(path)
+            for path, value in values.items()
+        )
 
     @property
     def rule(self):
@@ -67,7 +79,7 @@ class AverageReader:
 
     def read(self):
         """Returns the `Weight`s of the average as it is now, copies."""
-        if not self._are_variables:
+        if not self._are_constant:
             # Arrays that a layer computes when it is saved.
             self._find_sources()
         return [Weight(s.path, s.read(), s.dtype, s.averaged) for s in self._sources]

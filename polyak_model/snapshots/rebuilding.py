@@ -4,12 +4,14 @@ import contextlib
 import copy as shallow
 import dataclasses
 import os
+import typing
 from collections.abc import Callable
 
 from polyak_model.errors import InputError, check_integer, is_number
 from polyak_model.posthoc.basis import Basis
 from polyak_model.posthoc.reach import find_count, find_nearest
 from polyak_model.rules import Rule
+from polyak_model.saving.sharing_reader import take_lora
 from polyak_model.saving.wrapper_reader import check_plain
 from polyak_model.snapshots.folder import opened_snapshots, read_run
 from polyak_model.snapshots.record import AVERAGES
@@ -213,16 +215,19 @@ def write(run, coefficients, output, like=None, progress=None):
         check_alike(files)
         last = files[-1]
         step, name = keys[-1]
+        variables = dict(last.variables)
+        with_lora = take_lora(variables)
+        kernels = {path: lora.kernel for path, lora in with_lora.items()}
         dtypes = _dtypes(records[step].dtypes[name], last)
-        averaged = [path for path in records[step].averaged[name] if path in last.variables]
+        averaged = [path for path in records[step].averaged[name] if path in variables]
         pattern = last
         if like is not None:
             pattern = stack.enter_context(open_weights(like))
             check_plain([pattern])
-            dtypes = _check_architecture(pattern, last)
-        floats = [path for path, variable in last.variables.items() if "float" in variable.dtype]
+            dtypes = _check_architecture(pattern, variables | kernels)
+        floats = [path for path, variable in variables.items() if "float" in variable.dtype]
         mirrored = [path for path in floats if path not in set(averaged)]
-        others = [path for path in last.variables if path not in set(floats)]
+        others = [path for path in variables if path not in set(floats)]
         size = sum(variable.nbytes for variable in last.variables.values())
         with writing(output, size) as partial, created_weights(partial, pattern) as target:
             _create_model_groups(target, pattern)
@@ -230,7 +235,25 @@ def write(run, coefficients, output, like=None, progress=None):
             combine([last], [1.0], mirrored, target, dtypes=dtypes)
             weights = [coefficients[key] for key in keys]
             combine(files, weights, averaged, target, progress, dtypes)
+            for path, lora in with_lora.items():
+                first, second = (
+                    _Combined(files, weights, factor.name) for factor in (lora.first, lora.second)
+                )
+                lora._replace(first=first, second=second).write(path, target, dtypes[path])
         return find_batch_statistics(dataclasses.replace(pattern, variables=last.variables))
+
+
+class _Combined(typing.NamedTuple):
+    """A linear combination of a small variable of several files."""
+
+    files: list
+    coefficients: list
+    name: str
+
+    def read(self):
+        """Returns its values, an array."""
+        pairs = zip(self.coefficients, self.files, strict=True)
+        return sum(c * file.variables[self.name].read().astype("float64") for c, file in pairs)
 
 
 def check_paths(output, like):
@@ -289,16 +312,16 @@ def _dtypes(recorded, last):
     return dtypes
 
 
-def _check_architecture(like, last):
+def _check_architecture(like, variables):
     """Returns the dtypes of the weights of a model, whose paths and shapes must be the same."""
     model, _ = split_variables(like)
-    difference = next(iter(sorted(model.keys() ^ last.variables.keys())), None)
+    difference = next(iter(sorted(model.keys() ^ variables.keys())), None)
     if difference is not None:
         where = "only there" if difference in model else "only in the snapshots"
         raise _architecture_error(like, f"{difference!r} is {where}")
     for path, variable in model.items():
-        if variable.shape != last.variables[path].shape:
-            shapes = f"{variable.shape} there and {last.variables[path].shape} in the snapshots"
+        if variable.shape != variables[path].shape:
+            shapes = f"{variable.shape} there and {variables[path].shape} in the snapshots"
             raise _architecture_error(like, f"{path!r} has the shapes {shapes}")
     return {path: variable.dtype for path, variable in model.items() if "float" in variable.dtype}
 
