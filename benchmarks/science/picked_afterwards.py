@@ -160,7 +160,7 @@ def draw(path, curves):
     panel = figure.subplots()
     means, errors = mnist.mean_and_error(np.moveaxis(curves, 1, 0))
     for name, (rebuilt, kept), (error, _), colour in zip(
-        SETTINGS, means, errors, COLOURS, strict=True
+        SETTINGS, means, errors, COLOURS[: len(SETTINGS)], strict=True
     ):
         panel.errorbar(WIDTHS, rebuilt, error, color=colour, marker="o", label=name)
         panel.plot(WIDTHS, kept, "x", color="#000000", markersize=9)
