@@ -404,3 +404,13 @@ def test_a_format_that_needs_another_package_is_refused_by_its_name(
     with pytest.raises((ImportError, torch.onnx.errors.OnnxExporterError), match=package):
         model.export(str(tmp_path / name), format=format)
     assert not [*tmp_path.iterdir()]
+
+
+def test_keras_itself_cannot_use_several_devices_on_pytorch():
+    # Once it can, the table in notebook 07 needs another row, and laws on several devices.
+    for call in (
+        keras.distribution.list_devices,
+        lambda: keras.distribution.set_distribution(keras.distribution.DataParallel()),
+    ):
+        with pytest.raises((AttributeError, NotImplementedError)):
+            call()
