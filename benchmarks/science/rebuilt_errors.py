@@ -154,8 +154,8 @@ def draw(path, errors):
     ends = np.array([told.min(), told.max()])
     panels = figure.subplots(1, len(NETS), sharex=True, sharey=True, squeeze=False)[0]
     for n, panel in enumerate(panels):
-        for c, (count, colour) in enumerate(zip(COUNTS, COLOURS, strict=True)):
-            label = f"{count} snapshots"
+        for c, count in enumerate(COUNTS):
+            colour, label = COLOURS[c], f"{count} snapshots"
             panel.loglog(
                 told[n, :, c].ravel(), measured[n, :, c].ravel(), ".", c=colour, label=label
             )

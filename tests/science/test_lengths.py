@@ -72,7 +72,7 @@ def test_errors_are_measured_and_told_for_every_average_and_count(monkeypatch, t
     net = "regression"
     nets = {net: lambda seed, images: rebuilt_errors.regression(seed, images, epochs=2)}
     monkeypatch.setattr(rebuilt_errors, "NETS", nets)
-    monkeypatch.setattr(rebuilt_errors, "COUNTS", (16,))
+    monkeypatch.setattr(rebuilt_errors, "COUNTS", (4,))
     found = run(rebuilt_errors, tmp_path)
     errors = np.array(found["errors"])
     assert errors.shape == (1, 2, 1, 8, 2)
