@@ -28,6 +28,9 @@ if BACKEND == "jax" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+if BACKEND == "torch":
+    # Of small operations, threads take most of the time: the laws take half of it with one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # JAX compiles everything by XLA; on PyTorch, Keras compiles nothing unless told to.
 MODES_OF = {"jax": {"eager", "xla"}, "torch": {"eager"}}
 # Modules with laws of all backends. In them a marker excepts what is about TensorFlow, or about
