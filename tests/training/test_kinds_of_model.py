@@ -21,6 +21,8 @@ def test_a_model_of_every_kind_trains_averages_answers_and_is_saved(name, tmp_pa
     check_kind(KINDS[name], tmp_path)
 
 
+# XLA compiles such a model for minutes, and the kinds above are its parts.
+@pytest.mark.tensorflow
 @pytest.mark.zoo
 @pytest.mark.parametrize("kind", APPLICATIONS.values(), ids=APPLICATIONS)
 def test_an_application_trains_averages_answers_and_is_saved(kind, tmp_path):
