@@ -289,6 +289,23 @@ def test_one_of_several_replicas_is_read(tmp_path, strategy):
         np.testing.assert_array_equal(arrays[path], average.weights[0].numpy())
 
 
+class SavesSquares(keras.layers.Layer):
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(1,))
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+    def save_own_variables(self, store):
+        store["scale"] = keras.ops.convert_to_numpy(self.scale) ** 2
+
+
+def test_weights_that_a_layer_saves_in_another_form_are_refused(tmp_path):
+    model = make_model(layers=[SavesSquares(), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="its layer saves in another form. Let its `save_own_var"):
+        fit(model, tmp_path / "a")
+
+
 def make_with_lora(quantize=False):
     inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
     if quantize:

@@ -54,7 +54,8 @@ class AverageReader:
             if id(pair.average) not in saved:
                 raise ValueError(
                     "AverageSnapshots needs weights that Keras saves as they are. Received: the "
-                    f"weight {pair.average.path!r}, which its layer saves in another form."
+                    f"weight {pair.average.path!r}, which its layer saves in another form. Let its "
+                    "`save_own_variables` store the variable itself."
                 )
         for path in filter(layout.is_lora_alpha, values):
             kernel = values[f"{path.rpartition('/')[0]}/0"]
