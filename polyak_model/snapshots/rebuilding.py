@@ -16,7 +16,7 @@ from polyak_model.saving.wrapper_reader import check_plain
 from polyak_model.snapshots.folder import opened_snapshots, read_run
 from polyak_model.snapshots.record import AVERAGES
 from polyak_model.weight_files.batch_norm_layers import find_batch_statistics
-from polyak_model.weight_files.combine import combine, copy
+from polyak_model.weight_files.combine import combine, combine_several, copy
 from polyak_model.weight_files.compatibility import check_alike
 from polyak_model.weight_files.output import check_output, writing
 from polyak_model.weight_files.reader import find_kind, open_weights
@@ -190,10 +190,19 @@ def find_combination(run, basis, rule):
 def write(run, coefficients, output, like=None, progress=None):
     """Writes a linear combination of the averages in snapshots.
 
+    It is `write_several` with one combination and one output.
+    """
+    return write_several(run, [coefficients], [output], like, progress)
+
+
+def write_several(run, combinations, outputs, like=None, progress=None):
+    """Writes linear combinations of the averages in snapshots, in one pass over them.
+
     Args:
         run: A `Run`.
-        coefficients: A dict from `(step, name)` to a float.
-        output: Path of a `.weights.h5` file; or, with `like`, a `.keras` file.
+        combinations: List of dicts from `(step, name)` to a float.
+        outputs: For each the path of a `.weights.h5` file; or, with `like`, of a
+            `.keras` file.
         like: Path of a `.keras` file of the architecture, or None.
         progress: A function of the fraction done, or None.
 
@@ -201,26 +210,27 @@ def write(run, coefficients, output, like=None, progress=None):
         The names of the BatchNormalization layers, a list.
 
     Raises:
-        InputError: If the files cannot be used or the output cannot be written;
-            what was at `output` is unchanged then.
+        InputError: If the files cannot be used or an output cannot be written;
+            what was there is unchanged then.
     """
-    steps = {step for step, _ in coefficients}
+    keys = sorted({key for each in combinations for key in each})
+    steps = {step for step, _ in keys}
     records = {each.record.step: each.record for each in run.snapshots}
     with contextlib.ExitStack() as stack:
         chosen = [each for each in run.snapshots if each.record.step in steps]
         opened = stack.enter_context(opened_snapshots(chosen))
+        files = {(step, name): _view(opened[step], name) for step, name in keys}
+        check_alike(list(files.values()))
         # The last one gives what is not averaged. Of several of one step, the largest part does.
-        keys = sorted(coefficients, key=lambda key: (key[0], abs(coefficients[key])))
-        files = [_view(opened[step], name) for step, name in keys]
-        check_alike(files)
-        last = files[-1]
-        step, name = keys[-1]
-        variables = dict(last.variables)
+        lasts = [max(each, key=lambda key: (key[0], abs(each[key]))) for each in combinations]
+        step, name = lasts[0]
+        newest = files[lasts[0]]
+        variables = dict(newest.variables)
         with_lora = take_lora(variables)
         kernels = {path: lora.kernel for path, lora in with_lora.items()}
-        dtypes = _dtypes(records[step].dtypes[name], last)
+        dtypes = _dtypes(records[step].dtypes[name], newest)
         averaged = [path for path in records[step].averaged[name] if path in variables]
-        pattern = last
+        pattern = newest
         if like is not None:
             pattern = stack.enter_context(open_weights(like))
             check_plain([pattern])
@@ -228,19 +238,25 @@ def write(run, coefficients, output, like=None, progress=None):
         floats = [path for path, variable in variables.items() if "float" in variable.dtype]
         mirrored = [path for path in floats if path not in set(averaged)]
         others = [path for path in variables if path not in set(floats)]
-        size = sum(variable.nbytes for variable in last.variables.values())
-        with writing(output, size) as partial, created_weights(partial, pattern) as target:
+        size = sum(variable.nbytes for variable in newest.variables.values())
+        targets = []
+        for last, output in zip(lasts, outputs, strict=True):
+            partial = stack.enter_context(writing(output, size))
+            target = stack.enter_context(created_weights(partial, pattern))
             _create_model_groups(target, pattern)
-            copy(last, {path: path for path in others}, target)
-            combine([last], [1.0], mirrored, target, dtypes=dtypes)
-            weights = [coefficients[key] for key in keys]
-            combine(files, weights, averaged, target, progress, dtypes)
-            for path, lora in with_lora.items():
+            copy(files[last], {path: path for path in others}, target)
+            combine([files[last]], [1.0], mirrored, target, dtypes=dtypes)
+            targets.append(target)
+        weights = [[each.get(key, 0.0) for key in keys] for each in combinations]
+        combine_several(list(files.values()), weights, averaged, targets, progress, dtypes)
+        for path, lora in with_lora.items():
+            for target, own in zip(targets, weights, strict=True):
                 first, second = (
-                    _Combined(files, weights, factor.name) for factor in (lora.first, lora.second)
+                    _Combined(list(files.values()), own, factor.name)
+                    for factor in (lora.first, lora.second)
                 )
                 lora._replace(first=first, second=second).write(path, target, dtypes[path])
-        return find_batch_statistics(dataclasses.replace(pattern, variables=last.variables))
+        return find_batch_statistics(dataclasses.replace(pattern, variables=newest.variables))
 
 
 class _Combined(typing.NamedTuple):

@@ -11,11 +11,13 @@ from typing import Any
 from polyak_model.errors import InputError, check_choice
 from polyak_model.rules import Rule
 from polyak_model.snapshots.folder import read_run
-from polyak_model.snapshots.rebuilding import check_paths, find_combination, fit, write
+from polyak_model.snapshots.rebuilding import check_paths, find_combination, fit, write_several
 from polyak_model.weight_files.output import writing
 from polyak_model.weight_files.reader import open_weights
 
 MODES = ("max", "min")
+# In bytes. Averages that are rebuilt together take that much on disk at most, or are one.
+_MOST_TOGETHER = 2**32
 
 
 @dataclasses.dataclass
@@ -152,12 +154,10 @@ def sweep(
             f"`mode` must be given for the metric {metric!r}, since Keras does not define whether "
             "larger or smaller values of it are better. Pass 'max' or 'min'."
         )
-    statistics: list[str] = []
+    names: list[str] = []
     scores: dict[int, tuple[float | None, float | None]] = {}
-    for number, rebuilt in enumerate(exact):
-        if progress is not None:
-            progress(number / len(exact))
-        weights, statistics = _rebuild(run, rebuilt, like, scorer, refresh)
+    for rebuilt, weights, statistics in _rebuild(run, exact, like, scorer, refresh, progress):
+        names = statistics
         scores[id(rebuilt)] = scorer.score_with_error(weights)
     rows = [
         Row(
@@ -172,26 +172,45 @@ def sweep(
     ]
     best = _find_best(rows, mode)
     if output is not None:
-        weights, _ = _rebuild(run, found[rows.index(best)], like, scorer, refresh)
+        ((_, weights, _),) = _rebuild(run, [found[rows.index(best)]], like, scorer, refresh)
         scorer.assign(weights)
         with writing(output) as partial:
             scorer.save(partial)
-    return Sweep(rows, best, _count_close(rows, best), statistics, found[0].notes)
+    return Sweep(rows, best, _count_close(rows, best), names, found[0].notes)
 
 
-def _rebuild(run, rebuilt, like, scorer, inputs):
-    """Returns the weights of an average, and the names of its BatchNormalization layers."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "rebuilt.weights.h5")
-        statistics = write(run, rebuilt.coefficients, path, like)
-        weights = list(scorer.read(path))
-    if inputs is not None:
-        from polyak_model.snapshots.refreshing import refresh
+def _rebuild(run, found, like, scorer, inputs, progress=None):
+    """Yields each average, its weights, and the names of its BatchNormalization layers.
 
-        scorer.assign(weights)
-        refresh(scorer.model, inputs)
-        weights = [variable.numpy() for variable in scorer.model.weights]
-    return weights, statistics
+    To rebuild an average counts as half of the progress, to score it as the other half.
+    """
+    report = progress or (lambda fraction: None)
+    together = max(1, _MOST_TOGETHER // max(1, os.path.getsize(like)))
+    for start in range(0, len(found), together):
+        part = found[start : start + together]
+
+        def report_part(fraction, start=start, part=part):
+            report((start + len(part) * fraction / 2) / len(found))
+
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [pathlib.Path(folder, f"{n}.weights.h5") for n in range(len(part))]
+            combinations = [each.coefficients for each in part]
+            statistics = write_several(run, combinations, paths, like, report_part)
+            for n, (rebuilt, path) in enumerate(zip(part, paths, strict=True)):
+                report_part(1 + n / len(part))
+                weights = list(scorer.read(path))
+                path.unlink()
+                if inputs is not None:
+                    weights = _refresh(scorer, weights, inputs)
+                yield rebuilt, weights, statistics
+
+
+def _refresh(scorer, weights, inputs):
+    from polyak_model.snapshots.refreshing import refresh
+
+    scorer.assign(weights)
+    refresh(scorer.model, inputs)
+    return [variable.numpy() for variable in scorer.model.weights]
 
 
 def _find_best(rows, mode):

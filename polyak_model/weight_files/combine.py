@@ -19,18 +19,29 @@ _THREADS = 2
 
 
 def combine(files, coefficients, names, target, progress=None, dtypes=None):
-    """Writes linear combinations of the variables of several files.
+    """Writes a linear combination of the variables of several files.
 
         result = coefficients[0] * files[0] + coefficients[1] * files[1] + ...
+
+    It is `combine_several` with one combination.
+    """
+    combine_several(files, [coefficients], names, [target], progress, dtypes)
+
+
+def combine_several(files, combinations, names, targets, progress=None, dtypes=None):
+    """Writes linear combinations of the variables of several files, in one pass over them.
+
+        result[i] = combinations[i][0] * files[0] + combinations[i][1] * files[1] + ...
 
     computed in float64 and rounded once to the dtype of the variable. A few slabs
     of one tensor are in memory at a time, however many files there are.
 
     Args:
         files: `WeightFile`s with the same variables.
-        coefficients: Floats, one for each file, of any sign.
+        combinations: List of lists of floats of any sign, one for each file.
         names: Names of float variables.
-        target: An `h5py.File` open for writing, to create the variables in.
+        targets: For each combination an `h5py.File` open for writing, to create
+            its variables in.
         progress: A function of the fraction done, a float up to 1, which is
             called now and then. Defaults to None.
         dtypes: Dict from names to dtypes to write, as Keras names them. Defaults
@@ -41,24 +52,23 @@ def combine(files, coefficients, names, target, progress=None, dtypes=None):
             exceeds the range of its dtype.
     """
     last = files[-1].variables
-    total = max(1, sum(last[name].nbytes for name in names))
+    total = max(1, sum(math.prod(last[name].shape) for name in names))
     done = 0
-    buffers = _Buffers()
-    # A mean lies between its terms. Rounding in float64 may leave these bounds, or overflow.
-    is_mean = min(coefficients) >= 0 and math.isclose(math.fsum(coefficients), 1)
+    buffers = _Buffers(len(combinations))
     dtypes = {name: last[name].dtype for name in names} | (dtypes or {})
     jobs = (
-        (buffers, [f.variables[name] for f in files], coefficients, part, dtypes[name], is_mean)
+        (buffers, [f.variables[name] for f in files], combinations, part, dtypes[name])
         for name in names
         for part in cut(last[name].shape, _SLAB)
     )
     created = None
-    for (_, variables, _, part, dtype, _), result in _map_in_order(_combine_part, jobs):
+    for (_, variables, _, part, dtype), results in _map_in_order(_combine_part, jobs):
         if variables[-1] is not created:
             created = variables[-1]
-            write = create_variable(target, created.name, created.shape, dtype)
-        write(part.index, result)
-        done += result.nbytes
+            writes = [create_variable(t, created.name, created.shape, dtype) for t in targets]
+        for write, result in zip(writes, results, strict=True):
+            write(part.index, result)
+        done += math.prod(part.shape)
         if progress is not None:
             progress(done / total)
 
@@ -82,15 +92,24 @@ def copy(file, names, target):
 
 
 class _Buffers(threading.local):
-    """Two float64 buffers per thread: allocating them for each slab costs more than the sums."""
+    """Float64 buffers per thread: allocating them for each slab costs more than the sums.
 
-    def __init__(self):
-        self._total, self._term = np.empty(_SLAB), np.empty(_SLAB)
+    Args:
+        count: Int, the number of sums.
+    """
+
+    def __init__(self, count):
+        self._totals = np.empty((count, _SLAB))
+        self._converted = np.empty(_SLAB)
+        # A single sum needs the converted values no longer once they are multiplied.
+        self._term = np.empty(_SLAB) if count > 1 else self._converted
 
     def of_shape(self, shape):
-        """Returns two float64 arrays of a shape."""
+        """Returns float64 arrays of a shape: a list of the sums, and two others."""
         size = math.prod(shape)
-        return self._total[:size].reshape(shape), self._term[:size].reshape(shape)
+        arrays = (*self._totals, self._converted, self._term)
+        *totals, converted, term = (array[:size].reshape(shape) for array in arrays)
+        return totals, converted, term
 
 
 def _map_in_order(function, jobs):
@@ -106,29 +125,39 @@ def _map_in_order(function, jobs):
             yield job, future.result()
 
 
-# The result is checked at the end.
+# The results are checked at the end.
 @np.errstate(over="ignore", invalid="ignore")
-def _combine_part(buffers, variables, coefficients, part, dtype, is_mean):
-    """Returns the combination of one part of a tensor, in a dtype."""
-    array = variables[0].read(part)
-    total, term = buffers.of_shape(part.shape)
-    np.multiply(array, coefficients[0], out=total, dtype="float64")
+def _combine_part(buffers, variables, combinations, part, dtype):
+    """Returns each combination of one part of a tensor, in a dtype."""
+    totals, converted, term = buffers.of_shape(part.shape)
+    # A mean lies between its terms. Rounding in float64 may leave these bounds, or overflow.
     # Narrower dtypes are rounded only afterwards.
-    bounds = (array, array) if is_mean and array.dtype == np.float64 else None
-    for variable, coefficient in zip(variables[1:], coefficients[1:], strict=True):
+    are_means = [variables[0].dtype == "float64" and _is_mean(each) for each in combinations]
+    low, high = np.inf, -np.inf
+    for n, variable in enumerate(variables):
         array = variable.read(part)
         # Converting, multiplying and adding one after the other is faster than two at a time.
-        np.copyto(term, array)
-        np.multiply(term, coefficient, out=term)
-        np.add(total, term, out=total)
-        if bounds:
-            bounds = np.minimum(bounds[0], array), np.maximum(bounds[1], array)
-    if bounds:
-        np.clip(total, *bounds, out=total)
-    result = total.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    if not np.isfinite(result).all():
-        raise _not_finite(variables, part, dtype)
-    return result
+        np.copyto(converted, array)
+        for total, coefficients in zip(totals, combinations, strict=True):
+            if n == 0:
+                np.multiply(converted, coefficients[0], out=total)
+            else:
+                np.multiply(converted, coefficients[n], out=term)
+                np.add(total, term, out=total)
+        if any(are_means):
+            low, high = np.minimum(low, array), np.maximum(high, array)
+    results = []
+    for total, is_mean in zip(totals, are_means, strict=True):
+        if is_mean:
+            np.clip(total, low, high, out=total)
+        results.append(total.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+        if not np.isfinite(results[-1]).all():
+            raise _not_finite(variables, part, dtype)
+    return results
+
+
+def _is_mean(coefficients):
+    return min(coefficients) >= 0 and math.isclose(math.fsum(coefficients), 1)
 
 
 def _not_finite(variables, part, dtype):

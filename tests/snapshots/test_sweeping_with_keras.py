@@ -61,6 +61,8 @@ def test_standard_errors_are_those_of_the_mean_over_examples(trained, tmp_path):
     expected = deviations.std(ddof=1) / len(deviations) ** 0.5
     # Ten parts estimate a standard deviation to a quarter of its value.
     assert result.best.standard_error == pytest.approx(expected, rel=0.6)
+    parts = deviations.reshape(10, 10).mean(1)
+    assert result.best.standard_error == pytest.approx(parts.std(ddof=1) / 10**0.5, rel=1e-3)
     assert result.close == sum(
         abs(row.score - result.best.score) <= result.best.standard_error
         for row in result.rows
@@ -127,7 +129,21 @@ def test_what_cannot_be_used_is_refused(trained, changes, problem):
         run(trained, **changes)
 
 
-def test_progress_is_reported(trained):
+def test_progress_is_that_of_rebuilding_and_of_scoring(trained):
     shares = []
     run(trained, progress=shares.append)
-    assert shares == [0, 1 / 3, 2 / 3]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] <= 0.5
+    assert shares[-3:] == pytest.approx([3 / 6, 4 / 6, 5 / 6])
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_averages_that_do_not_fit_on_the_disk_together_score_the_same(
+    trained, together, monkeypatch
+):
+    expected = run(trained)
+    size = (trained / "like.keras").stat().st_size
+    monkeypatch.setattr("polyak_model.snapshots.sweeping._MOST_TOGETHER", together * size)
+    shares = []
+    assert run(trained, progress=shares.append).rows == expected.rows
+    assert shares == sorted(shares)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from weight_samples import write_hdf5
 
 from polyak_model.errors import InputError
-from polyak_model.weight_files.combine import combine, copy
+from polyak_model.weight_files.combine import combine, combine_several, copy
 from polyak_model.weight_files.reader import open_weights
 
 NAME = "layers/dense/vars/0"
@@ -51,6 +51,22 @@ def test_a_combination_is_the_sum_in_float64_rounded_once(folder, dtype, coeffic
         exact, rounding = math.fsum(terms), 2**-50 * sum(map(abs, terms))
         low, high = np.array([exact - rounding, exact + rounding]).astype(dtype)
         assert low <= received[i] <= high
+
+
+def test_several_combinations_are_those_of_one_each_to_the_bit(folder):
+    generator = np.random.default_rng(0)
+    arrays = [generator.normal(size=(3, 2**17)).astype("float32") for _ in range(4)]
+    combinations = [*generator.normal(size=(3, 4)).tolist(), [0.25] * 4]
+    expected = [combine_arrays(folder, arrays, each) for each in combinations]
+    with contextlib.ExitStack() as stack:
+        paths = [folder / f"{n}.weights.h5" for n in range(4)]
+        files = [stack.enter_context(open_weights(path)) for path in paths]
+        outputs = [folder / f"output-{n}.weights.h5" for n in range(4)]
+        targets = [stack.enter_context(h5py.File(output, "w")) for output in outputs]
+        combine_several(files, combinations, [NAME], targets)
+    for output, array in zip(outputs, expected, strict=True):
+        with open_weights(output) as weights:
+            np.testing.assert_array_equal(weights.variables[NAME].read(), array)
 
 
 def test_coefficients_of_both_signs_may_leave_the_range_of_the_files(folder):
