@@ -95,8 +95,9 @@ class Scorer:
     def _score_one_example(self):
         return self._evaluate(*tree.map_structure(lambda array: array[:1], self._data))
 
-    def _evaluate(self, x, y):
-        return self.model.evaluate(x, y, batch_size=self._batch_size, verbose=0, return_dict=True)
+    def _evaluate(self, x, y, **arguments):
+        arguments = {"batch_size": self._batch_size, **arguments}
+        return self.model.evaluate(x, y, verbose=0, return_dict=True, **arguments)
 
     def direction(self):
         """Returns `"max"` if a larger score is better, `"min"` if a smaller one is, or None."""
@@ -172,17 +173,13 @@ class Scorer:
         means = {each.name for each in metrics if isinstance(each, keras.metrics.Mean)}
         count = len(tree.flatten(self._data)[0])
         size = min(-(-count // _FEWEST_PARTS), self._batch_size)
-        size *= max(1, -(-count // (_MOST_PARTS * size)))
         if self.metric not in means or count <= size:
             return self.score(weights), None
         self.assign(weights)
-        scores, sizes = [], []
-        for start in range(0, count, size):
-            part = tree.map_structure(lambda a, start=start: a[start : start + size], self._data)
-            with _data_errors():
-                scores.append(self._evaluate(*part)[self.metric])
-            sizes.append(min(size, count - start))
-        score = np.average(scores, weights=sizes)
+        running = _RunningMean(self.metric, size, count)
+        with _data_errors():
+            score = self._evaluate(*self._data, batch_size=size, callbacks=[running])[self.metric]
+        sizes, scores = running.parts()
         variance = np.average((scores - score) ** 2, weights=sizes) / (len(sizes) - 1)
         return float(score), float(np.sqrt(variance))
 
@@ -201,6 +198,27 @@ class Scorer:
             self.model.save(path)
         else:
             self.model.save_weights(path)
+
+
+class _RunningMean(keras.callbacks.Callback):
+    """Records the mean over the examples so far, about `_MOST_PARTS` times in one evaluation."""
+
+    def __init__(self, metric, batch_size, count):
+        super().__init__()
+        self._metric, self._batch_size, self._count = metric, batch_size, count
+        self._part = batch_size * -(-count // (batch_size * _MOST_PARTS))
+        self._examples, self._means = [0], [0.0]
+
+    def on_test_batch_end(self, batch, logs=None):
+        examples = min((batch + 1) * self._batch_size, self._count)
+        if examples - self._examples[-1] >= self._part or examples == self._count:
+            self._examples.append(examples)
+            self._means.append(float(logs[self._metric]))
+
+    def parts(self):
+        """Returns the numbers of examples of all parts and the means over each, two arrays."""
+        sizes = np.diff(self._examples)
+        return sizes, np.diff(np.multiply(self._examples, self._means)) / sizes
 
 
 def _metric_error(metric, known, problem):
