@@ -194,21 +194,21 @@ class AverageSnapshots(keras.callbacks.Callback):
         self._sequence += 1
         rules = {name: reader.rule for name, reader in self._readers.items()}
         run = self.model.shadow.run
-        record = Record(run, step, iterations, self._period, self._sequence, rules)
         weights = {name: reader.read() for name, reader in self._readers.items()}
         groups = next(iter(self._readers.values())).groups
+        record = Record(run, step, iterations, self._period, self._sequence, rules, groups=groups)
         size = sum(weight.array.nbytes for each in weights.values() for weight in each)
         if is_lasting or size * 2 * self.count > _MOST_PENDING:
-            self._write(step, record, weights, groups)
+            self._write(step, record, weights)
         else:
-            self._pending[step] = (record, weights, groups)
+            self._pending[step] = (record, weights)
 
-    def _write(self, step, record, weights, groups):
+    def _write(self, step, record, weights):
         path = self.folder / snapshot_name(step)
         # HDF5 and the record add less to each variable.
         size = sum(weight.array.nbytes + 4096 for each in weights.values() for weight in each)
         with atomic_file(path, size) as partial:
-            write_snapshot(partial, record, weights, groups)
+            write_snapshot(partial, record, weights)
         self._paths[step] = path
 
     def _remove(self, spacing):

@@ -219,7 +219,7 @@ def write_several(run, combinations, outputs, like=None, progress=None):
     with contextlib.ExitStack() as stack:
         chosen = [each for each in run.snapshots if each.record.step in steps]
         opened = stack.enter_context(opened_snapshots(chosen))
-        files = {(step, name): _view(opened[step], name) for step, name in keys}
+        files = {(step, name): _view(opened[step], name, records[step]) for step, name in keys}
         check_alike(list(files.values()))
         # The last one gives what is not averaged. Of several of one step, the largest part does.
         lasts = [max(each, key=lambda key: (key[0], abs(each[key]))) for each in combinations]
@@ -297,7 +297,7 @@ def check_paths(output, like):
         )
 
 
-def _view(weights, name):
+def _view(weights, name, record):
     """Returns one average in a snapshot as a `WeightFile` of its own."""
     prefix = f"{AVERAGES}/{name}/"
     variables = {}
@@ -312,7 +312,7 @@ def _view(weights, name):
         if path.startswith(prefix)
     }
     return dataclasses.replace(
-        weights, variables=variables, attributes={"": {}, **groups}, places=()
+        weights, variables=variables, attributes={"": {}, **groups, **record.groups}, places=()
     )
 
 

@@ -22,7 +22,7 @@ _BLOCK = 2**20
 
 
 @contextlib.contextmanager
-def created_weights(path, like, config=None, group=""):
+def created_weights(path, like, config=None, group="", libver=None):
     """Creates a weight file with everything of another one but the tensors and groups.
 
     Args:
@@ -34,6 +34,8 @@ def created_weights(path, like, config=None, group=""):
             an optimizer without state.
         group: The group of the model in `like` that is written, for its assets.
             Defaults to "", the whole file.
+        libver: The format of a `.weights.h5` file, as h5py names it. Defaults to
+            None: the oldest.
 
     Yields:
         An `h5py.File` or a `TensorsWriter` to fill with `create_groups` and
@@ -49,7 +51,7 @@ def created_weights(path, like, config=None, group=""):
             yield tensors
         return
     if not str(path).endswith(".keras"):
-        with _created_hdf5(path) as file:
+        with _created_hdf5(path, libver) as file:
             yield file
         return
     # h5py writes at random positions, a member of an archive is written in sequence.
@@ -131,9 +133,9 @@ def create_array(file, name, array):
 
 
 @contextlib.contextmanager
-def _created_hdf5(path):
+def _created_hdf5(path, libver=None):
     try:
-        with h5py.File(path, "w") as file:
+        with h5py.File(path, "w", libver=libver) as file:
             yield file
     except (OSError, RuntimeError) as error:
         # h5py reports a full disk in several lines, and as a RuntimeError when it closes a file.

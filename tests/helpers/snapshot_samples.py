@@ -41,7 +41,7 @@ def write_run(folder, rules=PAIR, steps=STEPS, walk=None, dtype="float32", **cha
     folder.mkdir(exist_ok=True)
     for sequence, step in enumerate(steps, 1):
         fields = {"run": "a", "step": step, "iterations": step, "period": 0, "sequence": sequence}
-        record = Record(**{**fields, "rules": rules, **changes})
+        record = Record(**{**fields, "rules": rules, "groups": GROUPS, **changes})
         weights = {
             name: [
                 Weight(KERNEL, average(rule, walk, step).astype("float32"), dtype, True),
@@ -50,4 +50,4 @@ def write_run(folder, rules=PAIR, steps=STEPS, walk=None, dtype="float32", **cha
             ]
             for name, rule in rules.items()
         }
-        write_snapshot(folder / snapshot_name(step), record, weights, GROUPS)
+        write_snapshot(folder / snapshot_name(step), record, weights)

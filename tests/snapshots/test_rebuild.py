@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -130,6 +131,19 @@ def test_groups_keep_the_names_of_their_layers(folder, tmp_path):
         assert file["layers/dense/vars"].attrs["name"] == "dense"
 
 
+def test_snapshots_of_version_0_2_0_are_rebuilt_as_those_of_today(tmp_path):
+    write_run(tmp_path / "today", steps=(50, 100, 150, 200))
+    before = pathlib.Path(__file__).parents[1] / "formats" / "snapshots-1"
+    for folder, output in ((before, "before"), (tmp_path / "today", "after")):
+        rebuild(folder, width(0.2), tmp_path / f"{output}.weights.h5", max_error=0.2)
+    expected, received = (read(tmp_path / f"{n}.weights.h5") for n in ("before", "after"))
+    assert expected.keys() == received.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(received[name], array)
+    with h5py.File(tmp_path / "before.weights.h5") as file:
+        assert file["layers/dense/vars"].attrs["name"] == "dense"
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -242,7 +256,11 @@ def rewrite(path, change):
         (lambda r: r.update(step=-1), "its record is damaged at 'step'"),
         (lambda r: r.update(averages={}), "its record is damaged at 'averages'"),
         (lambda r: r.update(averages={"a": 1}), "its record is damaged at 'averages'"),
-        (lambda r: r.update(format=2, version="9.0"), "polyak_model 9.0 wrote it in format 2"),
+        (lambda r: r.update(format=3, version="9.0"), "polyak_model 9.0 wrote it in format 3"),
+        (lambda r: r.pop("groups"), "its record is damaged at 'groups'"),
+        (lambda r: r.update(groups={"a": 1}), "its record is damaged at 'groups'"),
+        (lambda r: r.update(groups={"a": {"name": {}}}), "its record is damaged at 'groups'"),
+        (lambda r: r.update(groups={"a": {"name": [[]]}}), "its record is damaged at 'groups'"),
         (
             lambda r: r["averages"]["short"]["rule"].update(class_name="Other"),
             "its rule is of the unknown class 'Other'",
