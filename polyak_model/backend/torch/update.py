@@ -4,6 +4,8 @@ The iterates are checked once for all averages. Where they are finite and not hu
 always are, lists of averages are updated by single calls; else each by the formula for all cases.
 """
 
+import math
+
 import torch
 
 from polyak_model.backend.torch.values import value_of
@@ -12,6 +14,8 @@ from polyak_model.backend.torch.values import value_of
 SMALL = 2**15
 # So many are copied at once.
 TOGETHER = 2**20
+# So many stay in the cache of a CPU from their check to their update.
+PIECE = 2**19
 
 
 @torch.no_grad()
@@ -22,15 +26,19 @@ def update(updates):
         return
     targets = [_tensors(pair.target for pair in pairs) for pairs, _ in moves]
     iterates = _like(targets[0], _tensors(pair.raw for pair in moves[0][0]))
+    residuals = [
+        _tensors(pair.residual for pair in pairs) if pairs[0].residual is not None else None
+        for pairs, _ in moves
+    ]
+    iterates, targets, residuals = _cut(iterates, targets, residuals)
     for part in _parts(iterates):
         w = iterates[part]
         moderate = all(map(_are_moderate, _flattened(w)))
-        for (pairs, c), averages in zip(moves, targets, strict=True):
+        for (_, c), averages, rests in zip(moves, targets, residuals, strict=True):
             a = averages[part]
-            if pairs[0].residual is not None:
-                r = _tensors(pair.residual for pair in pairs[part])
+            if rests is not None:
                 update = _update_compensated if moderate and c < 1 else _update_any_compensated
-                update(c, w, a, r)
+                update(c, w, a, rests[part])
             elif moderate and c < 1:
                 torch._foreach_lerp_(a, w, c)
             else:
@@ -49,6 +57,24 @@ def _like(averages, raw):
     if len(dtypes) == len(set(map(torch.Tensor.get_device, tensors))) == 1:
         return raw
     return [w.to(a) for a, w in zip(averages, raw, strict=True)]
+
+
+def _cut(iterates, targets, residuals):
+    """Returns the same lists, with large tensors on a CPU cut into pieces of `PIECE` elements."""
+    if max(map(torch.numel, iterates)) <= PIECE:
+        return iterates, targets, residuals
+    lists = [iterates, *targets, *(each for each in residuals if each is not None)]
+    cut = [[] for _ in lists]
+    for together in zip(*lists, strict=True):
+        if all(tensor.is_cpu and tensor.is_contiguous() for tensor in together):
+            for pieces, tensor in zip(cut, together, strict=True):
+                pieces.extend(tensor.view(-1).split(PIECE))
+        else:
+            for pieces, tensor in zip(cut, together, strict=True):
+                pieces.append(tensor)
+    iterates, *others = cut
+    targets, others = others[: len(targets)], iter(others[len(targets) :])
+    return iterates, targets, [None if each is None else next(others) for each in residuals]
 
 
 def _parts(tensors):
@@ -78,6 +104,11 @@ def _are_moderate(values):
     # Less than half of what separates the largest numbers: added to those, it is rounded off. No
     # value exceeds the norm, which takes one pass and is NaN where a value is.
     info = torch.finfo(values.dtype)
+    if info.bits >= 32:
+        # A product of BLAS takes less than a norm. Squares that are finite are far below the limit.
+        values = values.reshape(-1)
+        if math.isfinite(torch.dot(values, values).item()):
+            return True
     return torch.linalg.vector_norm(values).item() < info.max * info.eps / 8
 
 
