@@ -583,8 +583,7 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         check_optimizers(self.raw_model.optimizer)
         logs = self._train_raw(data)
         stepped = backend.optimizer_step(self.raw_model) > before
-        for pairing in self.shadow.pairings:
-            pairing.check_complete()
+        self.shadow.first.pairing.check_raw()
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
 

@@ -6,7 +6,7 @@ What a backend cannot train where it is placed is checked by `polyak_model.backe
 import keras
 
 from polyak_model.average.average import is_average_model
-from polyak_model.backend.common import optimizers_of
+from polyak_model.backend.common import optimizers_in_step, optimizers_of
 from polyak_model.inference.routed_model import RoutedModel
 
 
@@ -46,7 +46,7 @@ def check_counts_steps(model):
     Args:
         model: A `keras.Model`.
     """
-    if not optimizers_of(model):
+    if not optimizers_in_step(model):
         raise ValueError(
             f"The average moves once per optimizer step, and {type(model).__name__} has no "
             "optimizer that counts its steps. Received: a `train_step` that changes weights by "

@@ -111,9 +111,12 @@ class Pairing:
         pairs = (dataclasses.replace(p, raw=common.get(id(p.raw), p.raw)) for p in self.pairs)
         return dataclasses.replace(self, pairs=tuple(pairs))
 
-    def check_complete(self):
-        """Raises `ValueError` if a model has gained or lost weights since they were paired."""
+    def check_raw(self):
+        """Raises `ValueError` if the raw model has gained or lost weights since the pairing."""
         _check_weights(self.raw_model, [pair.raw for pair in self.pairs], "raw")
+
+    def check_average(self):
+        """Raises `ValueError` if the average model has gained or lost weights since then."""
         _check_weights(self.average_model, [pair.average for pair in self.pairs], "average")
 
     def check_frozen(self):
@@ -130,12 +133,12 @@ class Pairing:
 
 
 def _check_weights(model, paired, role):
-    expected = {id(weight) for weight in paired}
-    gained = [weight.path for weight in model.weights if id(weight) not in expected]
-    if gained or len(model.weights) != len(expected):
+    expected, weights = {id(weight) for weight in paired}, model.weights
+    gained = [weight.path for weight in weights if id(weight) not in expected]
+    if gained or len(weights) != len(expected):
         raise ValueError(
             f"The {role} model '{model.name}' must keep the weights that it had when it was "
-            f"wrapped. Expected: {len(expected)} weights. Received: {len(model.weights)}, of which "
+            f"wrapped. Expected: {len(expected)} weights. Received: {len(weights)}, of which "
             f"new are {gained[:3]}. Make the change (enable LoRA, quantize, build all layers) "
             "first, then wrap the model; or change a copy for serving, clone_model(model)."
         )

@@ -181,8 +181,9 @@ class Shadow(keras.layers.Layer):
         """
         if not self.started or not backend.keeps_updates():
             return
+        self.first.pairing.check_raw()
         for pairing in self.pairings:
-            pairing.check_complete()
+            pairing.check_average()
         if backend.traces_for_export():
             # What is served elsewhere holds the average as it is now, and assigns nothing.
             backend.outside_trace(self.catch_up)

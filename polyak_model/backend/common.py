@@ -8,7 +8,7 @@ import types
 import keras
 from keras import tree
 
-from polyak_model.backend.keras_internals import flatten_layers
+from polyak_model.backend.keras_internals import flatten_layers, has_training_step_of_keras
 
 # Objects of these packages refer to much, but not to optimizers: of their layers only the layers
 # inside are searched, of their models everything.
@@ -95,6 +95,17 @@ def _attributes(value):
             yield getattr(value, name, None)
 
 
+def optimizers_in_step(model):
+    """Returns the optimizers that may take steps in the training step of a model, a list.
+
+    Args:
+        model: A `keras.Model`.
+    """
+    if model.optimizer is not None and has_training_step_of_keras(model):
+        return [model.optimizer]
+    return optimizers_of(model)
+
+
 def stepping_optimizers(model):
     """Returns the optimizers of a model that count the steps it takes, a list.
 
@@ -104,7 +115,7 @@ def stepping_optimizers(model):
     # A loss-scaling optimizer counts steps in its inner optimizer, which the oldest Keras does not
     # pass on. A MultiOptimizer counts batches, whether or not its optimizers take a step.
     found = []
-    for optimizer in optimizers_of(model):
+    for optimizer in optimizers_in_step(model):
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if hasattr(inner, "optimizers") and not inner.built:
             inner.build(model.trainable_variables)  # It may create its optimizers only now.
@@ -114,7 +125,7 @@ def stepping_optimizers(model):
 
 def may_skip_steps(model):
     scaling = keras.optimizers.LossScaleOptimizer
-    return any(isinstance(optimizer, scaling) for optimizer in optimizers_of(model)) or any(
+    return any(isinstance(optimizer, scaling) for optimizer in optimizers_in_step(model)) or any(
         optimizer.gradient_accumulation_steps for optimizer in stepping_optimizers(model)
     )
 

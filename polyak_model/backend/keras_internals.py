@@ -150,9 +150,17 @@ def is_functional(model):
     return isinstance(model, (keras.Sequential, Functional))
 
 
+def has_training_step_of_keras(model):
+    """Returns whether a model has no training step of its own."""
+    return _are_of_keras(model, "train_step")
+
+
 def trains_as_keras_does(model):
     """Returns whether a model has neither a training step, loss nor metrics of its own."""
-    names = ("train_step", "compute_loss", "compute_metrics")
+    return _are_of_keras(model, "train_step", "compute_loss", "compute_metrics")
+
+
+def _are_of_keras(model, *names):
     return all(
         getattr(type(model), name) is getattr(keras.Model, name) and name not in vars(model)
         for name in names
