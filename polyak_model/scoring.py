@@ -106,8 +106,22 @@ class Scorer:
         metrics = [part for each in self.model.metrics for part in getattr(each, "metrics", [each])]
         return {each.name: metric_direction(each) for each in metrics}.get(self.metric)
 
+    def load(self, path):
+        """Loads weights from a file into the model.
+
+        Args:
+            path: A `.weights.h5` or `.keras` file.
+
+        Raises:
+            InputError: If Keras cannot load the weights.
+        """
+        try:
+            self.model.load_weights(path)
+        except Exception as error:  # A damaged file makes Keras raise exceptions of any class.
+            raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
+
     def read(self, path):
-        """Reads weights from a file. The model has them until others are read or assigned.
+        """Reads weights from a file, which are then those of the model, until others are.
 
         Args:
             path: A `.weights.h5` or `.keras` file.
@@ -118,10 +132,7 @@ class Scorer:
         Raises:
             InputError: If Keras cannot load the weights.
         """
-        try:
-            self.model.load_weights(path)
-        except Exception as error:  # A damaged file makes Keras raise exceptions of any class.
-            raise refusal(path, f"Keras cannot load it ({in_one_line(error)})") from error
+        self.load(path)
         for variable in self.model.weights:
             array = variable.numpy()
             yield array.astype("float64") if keras.backend.is_float_dtype(variable.dtype) else array
@@ -151,17 +162,17 @@ class Scorer:
             InputError: If Keras cannot evaluate the model on the data.
         """
         self.assign(weights)
+        return self._score()
+
+    def _score(self):
         with _data_errors():
             return float(self._evaluate(*self._data)[self.metric])
 
-    def score_with_error(self, weights):
-        """Scores weights as `score` does, and estimates the standard error of the score.
+    def score_with_error(self):
+        """Scores the model with its current weights, and estimates the standard error of the score.
 
         The error follows from the scores of parts of the data, so it needs a loss
         or a metric that is a mean over examples.
-
-        Args:
-            weights: List of arrays, as from `read`.
 
         Returns:
             Tuple of the score, a float, and its standard error, a float or None.
@@ -174,8 +185,7 @@ class Scorer:
         count = len(tree.flatten(self._data)[0])
         size = min(-(-count // _FEWEST_PARTS), self._batch_size)
         if self.metric not in means or count <= size:
-            return self.score(weights), None
-        self.assign(weights)
+            return self._score(), None
         running = _RunningMean(self.metric, size, count)
         with _data_errors():
             score = self._evaluate(*self._data, batch_size=size, callbacks=[running])[self.metric]

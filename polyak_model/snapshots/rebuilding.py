@@ -195,7 +195,7 @@ def write(run, coefficients, output, like=None, progress=None):
     return write_several(run, [coefficients], [output], like, progress)
 
 
-def write_several(run, combinations, outputs, like=None, progress=None):
+def write_several(run, combinations, outputs, like=None, progress=None, is_durable=True):
     """Writes linear combinations of the averages in snapshots, in one pass over them.
 
     Args:
@@ -205,6 +205,8 @@ def write_several(run, combinations, outputs, like=None, progress=None):
             `.keras` file.
         like: Path of a `.keras` file of the architecture, or None.
         progress: A function of the fraction done, or None.
+        is_durable: Bool. Whether to wait until the disk has the outputs. Defaults
+            to True.
 
     Returns:
         The names of the BatchNormalization layers, a list.
@@ -241,7 +243,7 @@ def write_several(run, combinations, outputs, like=None, progress=None):
         size = sum(variable.nbytes for variable in newest.variables.values())
         targets = []
         for last, output in zip(lasts, outputs, strict=True):
-            partial = stack.enter_context(writing(output, size))
+            partial = stack.enter_context(writing(output, size, is_durable))
             target = stack.enter_context(created_weights(partial, pattern))
             _create_model_groups(target, pattern)
             copy(files[last], {path: path for path in others}, target)

@@ -156,9 +156,9 @@ def sweep(
         )
     names: list[str] = []
     scores: dict[int, tuple[float | None, float | None]] = {}
-    for rebuilt, weights, statistics in _rebuild(run, exact, like, scorer, refresh, progress):
+    for rebuilt, statistics in _rebuild(run, exact, like, scorer, refresh, progress):
         names = statistics
-        scores[id(rebuilt)] = scorer.score_with_error(weights)
+        scores[id(rebuilt)] = scorer.score_with_error()
     rows = [
         Row(
             each.rule,
@@ -172,15 +172,14 @@ def sweep(
     ]
     best = _find_best(rows, mode)
     if output is not None:
-        ((_, weights, _),) = _rebuild(run, [found[rows.index(best)]], like, scorer, refresh)
-        scorer.assign(weights)
-        with writing(output) as partial:
-            scorer.save(partial)
+        for _ in _rebuild(run, [found[rows.index(best)]], like, scorer, refresh):
+            with writing(output) as partial:
+                scorer.save(partial)
     return Sweep(rows, best, _count_close(rows, best), names, found[0].notes)
 
 
 def _rebuild(run, found, like, scorer, inputs, progress=None):
-    """Yields each average, its weights, and the names of its BatchNormalization layers.
+    """Loads each average into the model; yields it and the names of its BatchNormalization layers.
 
     To rebuild an average counts as half of the progress, to score it as the other half.
     """
@@ -195,22 +194,19 @@ def _rebuild(run, found, like, scorer, inputs, progress=None):
         with tempfile.TemporaryDirectory() as folder:
             paths = [pathlib.Path(folder, f"{n}.weights.h5") for n in range(len(part))]
             combinations = [each.coefficients for each in part]
-            statistics = write_several(run, combinations, paths, like, report_part)
+            statistics = write_several(
+                run, combinations, paths, like, report_part, is_durable=False
+            )
             for n, (rebuilt, path) in enumerate(zip(part, paths, strict=True)):
                 report_part(1 + n / len(part))
-                weights = list(scorer.read(path))
+                scorer.load(path)
                 path.unlink()
                 if inputs is not None:
-                    weights = _refresh(scorer, weights, inputs)
-                yield rebuilt, weights, statistics
+                    # It imports Keras.
+                    from polyak_model.snapshots.refreshing import refresh
 
-
-def _refresh(scorer, weights, inputs):
-    from polyak_model.snapshots.refreshing import refresh
-
-    scorer.assign(weights)
-    refresh(scorer.model, inputs)
-    return [variable.numpy() for variable in scorer.model.weights]
+                    refresh(scorer.model, inputs)
+                yield rebuilt, statistics
 
 
 def _find_best(rows, mode):

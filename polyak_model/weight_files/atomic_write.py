@@ -24,7 +24,7 @@ _YOUNG = 60.0  # Seconds.
 
 
 @contextlib.contextmanager
-def atomic_file(path, size=0):
+def atomic_file(path, size=0, is_durable=True):
     """Writes a file atomically.
 
     Whatever fails, even if the process is killed, the old file or the complete
@@ -37,6 +37,8 @@ def atomic_file(path, size=0):
         size: Int, the bytes that the file may take: if there is no room for
             them, nothing is written. Defaults to 0. HDF5 may crash the process
             on a full disk, so pass it for HDF5 files.
+        is_durable: Bool. Whether to wait until the disk has the file, for one that
+            must outlive the power. Defaults to True.
 
     Yields:
         A `pathlib.Path` of the same name to write to.
@@ -58,7 +60,8 @@ def atomic_file(path, size=0):
     with _temporary_folder(place, path) as folder:
         _check_room(folder, size)
         yield folder / place.name
-        _flush(folder / place.name)
+        if is_durable:
+            _flush(folder / place.name)
         _keep_permissions(place, folder / place.name)
         os.replace(folder / place.name, place)
 

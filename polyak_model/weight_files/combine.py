@@ -12,8 +12,9 @@ from polyak_model.weight_files.refusal import refusal
 from polyak_model.weight_files.tensor import cut
 from polyak_model.weight_files.writer import create_variable
 
-# In elements. Larger slabs take more memory, smaller ones more time in Python.
-_SLAB = 2**18
+# In elements of all combinations together. Larger slabs take more memory, and leave the cache;
+# smaller ones take more time in Python.
+_SLAB, _SMALLEST = 2**18, 2**14
 # One reads while the other adds.
 _THREADS = 2
 
@@ -54,12 +55,13 @@ def combine_several(files, combinations, names, targets, progress=None, dtypes=N
     last = files[-1].variables
     total = max(1, sum(math.prod(last[name].shape) for name in names))
     done = 0
-    buffers = _Buffers(len(combinations))
+    slab = max(_SMALLEST, _SLAB // len(combinations))
+    buffers = _Buffers(len(combinations), slab)
     dtypes = {name: last[name].dtype for name in names} | (dtypes or {})
     jobs = (
         (buffers, [f.variables[name] for f in files], combinations, part, dtypes[name])
         for name in names
-        for part in cut(last[name].shape, _SLAB)
+        for part in cut(last[name].shape, slab)
     )
     created = None
     for (_, variables, _, part, dtype), results in _map_in_order(_combine_part, jobs):
@@ -96,13 +98,14 @@ class _Buffers(threading.local):
 
     Args:
         count: Int, the number of sums.
+        slab: Int, the maximum number of elements of a part.
     """
 
-    def __init__(self, count):
-        self._totals = np.empty((count, _SLAB))
-        self._converted = np.empty(_SLAB)
+    def __init__(self, count, slab):
+        self._totals = np.empty((count, slab))
+        self._converted = np.empty(slab)
         # A single sum needs the converted values no longer once they are multiplied.
-        self._term = np.empty(_SLAB) if count > 1 else self._converted
+        self._term = np.empty(slab) if count > 1 else self._converted
 
     def of_shape(self, shape):
         """Returns float64 arrays of a shape: a list of the sums, and two others."""

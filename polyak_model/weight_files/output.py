@@ -47,12 +47,13 @@ def identify(path):
 
 
 @contextlib.contextmanager
-def writing(output, size=0):
+def writing(output, size=0, is_durable=True):
     """Writes a file atomically, see `atomic_file`, and reports failures in one line.
 
     Args:
         output: Path of the file.
         size: Int, the bytes that it may take. Defaults to 0.
+        is_durable: Bool. Whether to wait until the disk has it. Defaults to True.
 
     Yields:
         The path to write to.
@@ -62,7 +63,7 @@ def writing(output, size=0):
             unchanged.
     """
     try:
-        with atomic_file(output, size) as partial:
+        with atomic_file(output, size, is_durable) as partial:
             yield partial
     except OSError as error:
         raise InputError(str(error.strerror or error)) from error

@@ -207,7 +207,7 @@ def test_a_full_disk_is_called_a_full_disk_whatever_hdf5_raises(path, error):
             raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(h5py, "File", lambda *_: FullDisk())
+        patch.setattr(h5py, "File", lambda *_, **__: FullDisk())
         with (
             pytest.raises(InputError, match="model.txt': No space left on device. What was there"),
             writing(path) as partial,
