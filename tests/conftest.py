@@ -149,8 +149,10 @@ def pytest_collection_modifyitems(config, items):
         import devices
 
         devices.add_second_device()
-        # Looking for garbage need not look through TensorFlow each time.
+        # Looking for garbage need not look through TensorFlow each time, nor at the many objects
+        # of a trace while they are made.
         gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
 
 
 def runs_here(item):

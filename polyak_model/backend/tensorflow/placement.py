@@ -39,11 +39,14 @@ def strategy_scope(model):
     return strategy.scope()
 
 
+# In a `tf.function` of the user's, AutoGraph would convert all that is called.
+@tf.autograph.experimental.do_not_convert
 def on_each_replica(model, function):
     strategy = strategy_of(model)
     if strategy is None or not outside_replicas():
         function()
     else:
+        # In a `tf.function`, `run` converts what it is passed.
         strategy.run(tf.autograph.experimental.do_not_convert(lambda: function()))
 
 

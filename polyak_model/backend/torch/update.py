@@ -14,8 +14,6 @@ from polyak_model.backend.torch.values import value_of
 SMALL = 2**15
 # So many are copied at once.
 TOGETHER = 2**20
-# So many stay in the cache of a CPU from their check to their update.
-PIECE = 2**19
 
 
 @torch.no_grad()
@@ -30,7 +28,6 @@ def update(updates):
         _tensors(pair.residual for pair in pairs) if pairs[0].residual is not None else None
         for pairs, _ in moves
     ]
-    iterates, targets, residuals = _cut(iterates, targets, residuals)
     for part in _parts(iterates):
         w = iterates[part]
         moderate = all(map(_are_moderate, _flattened(w)))
@@ -57,24 +54,6 @@ def _like(averages, raw):
     if len(dtypes) == len(set(map(torch.Tensor.get_device, tensors))) == 1:
         return raw
     return [w.to(a) for a, w in zip(averages, raw, strict=True)]
-
-
-def _cut(iterates, targets, residuals):
-    """Returns the same lists, with large tensors on a CPU cut into pieces of `PIECE` elements."""
-    if max(map(torch.numel, iterates)) <= PIECE:
-        return iterates, targets, residuals
-    lists = [iterates, *targets, *(each for each in residuals if each is not None)]
-    cut = [[] for _ in lists]
-    for together in zip(*lists, strict=True):
-        if all(tensor.is_cpu and tensor.is_contiguous() for tensor in together):
-            for pieces, tensor in zip(cut, together, strict=True):
-                pieces.extend(tensor.view(-1).split(PIECE))
-        else:
-            for pieces, tensor in zip(cut, together, strict=True):
-                pieces.append(tensor)
-    iterates, *others = cut
-    targets, others = others[: len(targets)], iter(others[len(targets) :])
-    return iterates, targets, [None if each is None else next(others) for each in residuals]
 
 
 def _parts(tensors):
