@@ -185,7 +185,8 @@ class AverageSnapshots(keras.callbacks.Callback):
             is_lasting: Bool. Whether it stays if training goes on as planned.
         """
         averages = self.model.average_models.values()
-        variables = [v for model in (*averages, self.model.shadow) for v in model.variables]
+        # A generator: to list the variables of a model takes long, and one process needs no list.
+        variables = (v for model in (*averages, self.model.shadow) for v in model.variables)
         backend.in_one_process(self.model, lambda: self._take(is_lasting), variables)
 
     def _take(self, is_lasting):
