@@ -4,6 +4,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from frozen_models import enable_lora_in
 from wrappers import INPUTS, KINDS, TARGETS, make_wrapper
 
 from polyak_model import AverageSnapshots, ExponentialAverage, PolyakModel, PowerAverage
@@ -310,7 +311,7 @@ def make_with_lora(quantize=False):
     inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
     if quantize:
         inner.layers[0].quantize("int8")
-    inner.layers[0].enable_lora(1, lora_alpha=3)
+    enable_lora_in(inner.layers[0], 1)
     inner.compile("sgd", loss="mse")
     return inner
 

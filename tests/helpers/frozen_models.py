@@ -1,5 +1,7 @@
 """Models of which a part is frozen, and what must be shared of them."""
 
+import inspect
+
 import keras
 import numpy as np
 from keras import layers
@@ -23,6 +25,12 @@ class Counter(layers.Layer):
         if training:
             self.count.assign_add(1)
         return inputs - self.constant
+
+
+def enable_lora_in(layer, rank):
+    """Enables LoRA with an alpha that differs from the rank, where Keras has it (not in 3.8)."""
+    has_alpha = "lora_alpha" in inspect.signature(layer.enable_lora).parameters
+    layer.enable_lora(rank, **({"lora_alpha": 3} if has_alpha else {}))
 
 
 def make_frozen(change=lambda model: None, compiled=True, mode=None):
@@ -65,7 +73,7 @@ def make_frozen(change=lambda model: None, compiled=True, mode=None):
 
 def enable_lora(model):
     """Gives the layer in the middle factors of rank 2, with a scale other than 1."""
-    model.get_layer("middle").enable_lora(2, lora_alpha=3)
+    enable_lora_in(model.get_layer("middle"), 2)
 
 
 def freeze_kernel(model):
