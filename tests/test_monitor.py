@@ -178,6 +178,17 @@ def test_the_heat_map_has_a_row_for_each_layer_and_a_column_for_each_measurement
     assert [label.get_text() for label in axes.get_xticklabels()] == [*map(str, range(1, 17, 2))]
 
 
+@pytest.mark.parametrize(
+    ("average", "first"), [(0.9, "average"), ({"short": 0.9, "long": 0.99}, "short")]
+)
+def test_the_heat_map_shows_the_distance_of_the_first_average_by_default(average, first):
+    monitor = AverageMonitor(per_layer=True)
+    fit(wrapped(average=average), monitor)
+    (image,) = monitor.plot().axes[0].images
+    expected = [history[f"{first}_distance"] for history in monitor.layers.values()]
+    np.testing.assert_array_equal(image.get_array(), expected)
+
+
 def test_tensorboard_shows_histograms_of_averages_and_of_their_differences(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from tensorboard.util.tensor_util import make_ndarray

@@ -156,12 +156,12 @@ class AverageMonitor(keras.callbacks.Callback):
             table.add_row(layer, *(f"{history[name][-1]:.3g}" for name in names))
         return table
 
-    def plot(self, name: str = "average_distance") -> "matplotlib.figure.Figure":
+    def plot(self, name: str | None = None) -> "matplotlib.figure.Figure":
         """Draws a quantity as a heat map, layers by measurements.
 
         Args:
             name: The quantity, such as `"average_distance"`, `"average_moved"`
-                or `"raw_moved"`. Defaults to `"average_distance"`.
+                or `"raw_moved"`. Defaults to None: the distance of the first average.
 
         Returns:
             A `matplotlib.figure.Figure`, which notebooks show.
@@ -182,7 +182,9 @@ class AverageMonitor(keras.callbacks.Callback):
 
         self._check_measured("plot")
         histories = list(self.layers.values())
-        check_choice("name", name, list(histories[0])[1:])
+        names = list(histories[0])[1:]
+        name = next(each for each in names if each.endswith("_distance")) if name is None else name
+        check_choice("name", name, names)
         figure = Figure(figsize=(8, 1.5 + 0.25 * len(histories)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow([each[name] for each in histories], aspect="auto", cmap="viridis")
