@@ -101,8 +101,10 @@ def optimizers_in_step(model):
     Args:
         model: A `keras.Model`.
     """
-    if model.optimizer is not None and has_training_step_of_keras(model):
-        return [model.optimizer]
+    # A model whose `compile` does not call Keras's has no such attribute.
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and has_training_step_of_keras(model):
+        return [optimizer]
     return optimizers_of(model)
 
 
