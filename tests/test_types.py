@@ -23,6 +23,8 @@ rules = {"short": 0.9, "long": PowerAverage.from_relative_width(0.1, update_ever
 model = PolyakModel(inner, UniformAverage(start_step=5), report=("average", "raw"), name="wrapper")
 model.compile(optimizer="adam", loss="mse")
 model.fit(np.ones((8, 3)), np.ones((8, 1)), epochs=2, callbacks=[AverageMonitor(every=10)])
+model.predict(np.ones((8, 3)), using="raw", verbose=0)
+model.inference = "ensemble"
 age: float = model.rule.mean_age(model.average_step)
 ages: np.ndarray = ExponentialAverage(0.9).mean_age(np.arange(9))
 rule: ExponentialAverage = ExponentialAverage.from_half_life(epochs=1, steps_per_epoch=312)
@@ -36,6 +38,10 @@ WRONG = {
     "PolyakModel(inner, averge=0.9)": 'Unexpected keyword argument "averge"',
     "PolyakModel(inner, average='0.9')": 'has incompatible type "str"',
     "model.set_rule('short', decay=0.9)": 'Unexpected keyword argument "decay"',
+    "model.predict(inner, using=3)": 'has incompatible type "int"',
+    "model.predict(inner, useing='raw')": 'Unexpected keyword argument "useing"',
+    "model.evaluate(inner, using=3)": 'has incompatible type "int"',
+    "model.inference = 3": 'expression has type "int"',
     "model.rule = '0.9'": 'expression has type "str"',
     "AverageSnapshots('folder', evry=3)": 'Unexpected keyword argument "evry"',
     "snapshots.rebuild('folder', UniformAverage(), liek='a.keras')": 'argument "liek"',

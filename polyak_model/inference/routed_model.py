@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+import os
+from typing import Any
 
 import keras
 from keras import tree
@@ -15,7 +17,7 @@ from polyak_model.saving.saveable_model import SaveableModel
 
 # The wrapper and the model of the `evaluate` or `predict` that runs in this context, for the
 # callbacks of that call alone.
-_running = contextvars.ContextVar("running", default=(None, None))
+_running: contextvars.ContextVar[tuple] = contextvars.ContextVar("running", default=(None, None))
 
 
 # Of a trial run, the length says nothing.
@@ -44,16 +46,16 @@ class RoutedModel(SaveableModel):
         self._length_is_judged = False
 
     @property
-    def inference(self):
+    def inference(self) -> str:
         """The default route of `evaluate`, `predict` and calls with `training=False`."""
         return self._inference
 
     @inference.setter
-    def inference(self, route):
+    def inference(self, route: str) -> None:
         self._inference = self._router.check_route("inference", route)
 
     @property
-    def reported(self):
+    def reported(self) -> tuple[str, ...]:
         """The routes that `evaluate` reports, a tuple; the first has plain names in the logs."""
         return self._router.check_report(self.report, self.inference)
 
@@ -151,17 +153,17 @@ class RoutedModel(SaveableModel):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
         *args,
         **kwargs,
-    ):
+    ) -> Any:
         """Trains as `keras.Model.fit` does, with the same arguments.
 
         Once, after a training of at least 100 steps, it warns of averages that
@@ -192,9 +194,9 @@ class RoutedModel(SaveableModel):
         shadow.run = backend.in_one_process(self, lambda: shadow.run)
         with self._train(), self._backups.watched(self, callbacks):
             callbacks = backend.interruptible(self, callbacks)
-            values = (x, y, batch_size, epochs, verbose, callbacks, validation_split)
-            values += (validation_data, *args)
-            history = self._fit(super().fit, given("fit", *values, **kwargs))
+            shown = (verbose, callbacks, validation_split, validation_data)
+            arguments = given("fit", x, y, batch_size, epochs, *shown, *args, **kwargs)
+            history = self._fit(super().fit, arguments)
         if shadow.steps() >= _FEWEST_STEPS and not self._length_is_judged:
             self._length_is_judged = True
             rules = {name: average.rule for name, average in shadow.averages.items()}
@@ -218,17 +220,17 @@ class RoutedModel(SaveableModel):
 
     def evaluate(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        verbose="auto",
-        sample_weight=None,
-        steps=None,
-        callbacks=None,
-        return_dict=False,
-        using=None,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        using: str | None = None,
         **kwargs,
-    ):
+    ) -> Any:
         """Evaluates through a route, or through all those of `report` in one pass.
 
         Args:
@@ -269,7 +271,15 @@ class RoutedModel(SaveableModel):
             arguments = given("evaluate", *values, return_dict, **kwargs)
             return self._method(model, "evaluate")(**arguments)
 
-    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None, using=None):
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+        using: str | None = None,
+    ) -> Any:
         """Predicts through a route.
 
         Args:
@@ -302,7 +312,14 @@ class RoutedModel(SaveableModel):
             train = redirected(self._router.raw, "train_on_batch", super().train_on_batch)
             return train(*args, **kwargs)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False, using=None):
+    def test_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        return_dict: bool = False,
+        using: str | None = None,
+    ) -> Any:
         """Evaluates one batch; see `evaluate` for `using`."""
         model = self._evaluator("test_on_batch", using)
         with self._run(model):
@@ -310,7 +327,7 @@ class RoutedModel(SaveableModel):
                 x, y=y, sample_weight=sample_weight, return_dict=return_dict
             )
 
-    def predict_on_batch(self, x, using=None):
+    def predict_on_batch(self, x: Any, using: str | None = None) -> Any:
         """Predicts one batch; see `predict` for `using`."""
         model = self._router.predictor(self._predicting(using))
         with self._run(model):
@@ -318,13 +335,13 @@ class RoutedModel(SaveableModel):
 
     def export(
         self,
-        filepath,
-        format="tf_saved_model",
-        verbose=True,
-        input_signature=None,
-        using=None,
+        filepath: str | os.PathLike,
+        format: str = "tf_saved_model",
+        verbose: bool = True,
+        input_signature: Any = None,
+        using: str | None = None,
         **kwargs,
-    ):
+    ) -> None:
         """Exports what a route outputs outside training, to be served without this package.
 
         The artifact holds the weights of that route and nothing of training.
