@@ -281,3 +281,17 @@ def test_an_optimizer_that_replaces_another_trains(change, batches):
     assert type(model.optimizer).__name__ == "Adam"
     assert int(model.optimizer.iterations) == 4
     assert model.average_step == 8
+
+
+def test_an_eager_step_of_keras_does_not_search_the_model_for_optimizers(batches, monkeypatch):
+    model = PolyakModel(make_with(lambda: optimizers.SGD(0.1))(), UniformAverage())
+    model.compile("sgd", CROSSENTROPY, run_eagerly=True)
+    x, y = (values[:4] for values in batches)
+    model.train_on_batch(x, y)
+
+    def search(model):
+        pytest.fail("It takes longer than the update of a small model.")
+
+    monkeypatch.setattr("polyak_model.backend.common.optimizers_of", search)
+    model.train_on_batch(x, y)
+    assert model.average_step == 2
