@@ -24,18 +24,15 @@ def update(updates):
         return
     targets = [_tensors(pair.target for pair in pairs) for pairs, _ in moves]
     iterates = _like(targets[0], _tensors(pair.raw for pair in moves[0][0]))
-    residuals = [
-        _tensors(pair.residual for pair in pairs) if pairs[0].residual is not None else None
-        for pairs, _ in moves
-    ]
     for part in _parts(iterates):
         w = iterates[part]
         moderate = all(map(_are_moderate, _flattened(w)))
-        for (_, c), averages, rests in zip(moves, targets, residuals, strict=True):
+        for (pairs, c), averages in zip(moves, targets, strict=True):
             a = averages[part]
-            if rests is not None:
+            if pairs[0].residual is not None:
+                r = _tensors(pair.residual for pair in pairs[part])
                 update = _update_compensated if moderate and c < 1 else _update_any_compensated
-                update(c, w, a, rests[part])
+                update(c, w, a, r)
             elif moderate and c < 1:
                 torch._foreach_lerp_(a, w, c)
             else:
