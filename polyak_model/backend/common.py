@@ -114,10 +114,14 @@ def stepping_optimizers(model):
     Args:
         model: A compiled `keras.Model`.
     """
+    return _counting(optimizers_in_step(model), model)
+
+
+def _counting(optimizers, model):
     # A loss-scaling optimizer counts steps in its inner optimizer, which the oldest Keras does not
     # pass on. A MultiOptimizer counts batches, whether or not its optimizers take a step.
     found = []
-    for optimizer in optimizers_in_step(model):
+    for optimizer in optimizers:
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if hasattr(inner, "optimizers") and not inner.built:
             inner.build(model.trainable_variables)  # It may create its optimizers only now.
@@ -126,9 +130,10 @@ def stepping_optimizers(model):
 
 
 def may_skip_steps(model):
+    optimizers = optimizers_in_step(model)
     scaling = keras.optimizers.LossScaleOptimizer
-    return any(isinstance(optimizer, scaling) for optimizer in optimizers_in_step(model)) or any(
-        optimizer.gradient_accumulation_steps for optimizer in stepping_optimizers(model)
+    return any(isinstance(optimizer, scaling) for optimizer in optimizers) or any(
+        optimizer.gradient_accumulation_steps for optimizer in _counting(optimizers, model)
     )
 
 
