@@ -33,6 +33,7 @@ __all__ = [
     "forward",
     "frozen_weights",
     "has_call",
+    "has_training_step_of_keras",
     "in_stateless_scope",
     "is_functional",
     "lacks_metrics",
@@ -363,13 +364,18 @@ class CompileHook:
 
 
 @contextlib.contextmanager
-def lent_validation_data(owner, borrower):
+def lent_validation_data(owner, borrower, arguments):
     """Lets another model use the validation data that `fit` keeps on the model that it trains.
 
     Args:
         owner: The `keras.Model` that is fitted.
         borrower: The `keras.Model` whose `evaluate` is called by that `fit`.
+        arguments: Dict of the keyword arguments of that call, in which Keras
+            says whether it uses the data of the epoch before again.
     """
+    if not arguments.get("_use_cached_eval_dataset"):
+        yield
+        return
     borrower._eval_epoch_iterator = owner._eval_epoch_iterator
     try:
         yield

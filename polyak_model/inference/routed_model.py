@@ -261,12 +261,7 @@ class RoutedModel(SaveableModel):
         """
         _check_callbacks(callbacks)
         model = self._evaluator("evaluate", using)
-        # The validation of `fit` reuses the data of the epoch before.
-        lent = kwargs.get("_use_cached_eval_dataset", False)
-        with (
-            self._run(model),
-            keras_internals.lent_validation_data(self, model) if lent else contextlib.nullcontext(),
-        ):
+        with self._run(model), keras_internals.lent_validation_data(self, model, kwargs):
             values = (x, y, batch_size, verbose, sample_weight, steps, _shown(self, callbacks))
             arguments = given("evaluate", *values, return_dict, **kwargs)
             return self._method(model, "evaluate")(**arguments)
