@@ -4,8 +4,8 @@
 
 Method: `fit` of a dense net with a checkpoint after each epoch; the time of each call
 of the callback. In turns with it, a copy of the file it has written is made and
-flushed to the disk, and Keras writes the same model with `ModelCheckpoint`, which does
-not flush it. Medians over the epochs, without the first.
+flushed to the disk, and Keras writes the same model with `model.save`, which does not
+flush it. Medians over the epochs, without the first.
 """
 
 import argparse

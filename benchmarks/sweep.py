@@ -2,10 +2,10 @@
 
     python benchmarks/sweep.py
 
-Claim: a sweep of 8 lengths takes at most as long as 8 evaluations and reading the
-snapshots 3 times. Method: snapshots of a dense net with random weights; the sweep, one
-`evaluate` on the same data, and reading every tensor of every snapshot with h5py
-alternate, after a first round that does not count; medians.
+A sweep of 8 lengths is compared with what it should take at most: 8 evaluations, and
+reading the snapshots 3 times. Method: snapshots of a dense net with random weights; the
+sweep, one `evaluate` on the same data, and reading every tensor of every snapshot with
+h5py alternate, after a first round that does not count; medians.
 """
 
 import argparse
