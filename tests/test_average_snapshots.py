@@ -1,4 +1,6 @@
 import shutil
+import threading
+from unittest.mock import Mock
 
 import h5py
 import keras
@@ -379,3 +381,57 @@ def test_restored_weights_leave_the_snapshots_as_they_are(tmp_path, is_first):
     model.fit(X, Y, 1, epochs=3, verbose=0, callbacks=callbacks if is_first else callbacks[::-1])
     assert model.average_step == 40
     assert list_steps(tmp_path / "a") == [30, 60, 90, 120]
+
+
+def holding(monkeypatch):
+    """Returns an event without which no snapshot is written."""
+    go_on, write = threading.Event(), module.write_snapshot
+
+    def hold(*args):
+        assert go_on.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(module, "write_snapshot", hold)
+    return go_on
+
+
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
+    go_on = holding(monkeypatch)
+
+    class GoOn(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 14:
+                assert not list_steps(tmp_path / "a")
+                go_on.set()
+
+    fit(make_model(), tmp_path / "a", callbacks=[GoOn()])
+    assert list_steps(tmp_path / "a") == list(range(8, 41, 8))
+
+
+def test_a_saved_model_is_not_ahead_of_its_snapshots(tmp_path, monkeypatch):
+    go_on, model, seen = holding(monkeypatch), make_model(), []
+
+    class Save(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 9:
+                threading.Timer(0.5, go_on.set).start()
+                self.model.save_weights(tmp_path / "backup.weights.h5")
+                seen.extend(list_steps(tmp_path / "a"))
+
+    fit(model, tmp_path / "a", callbacks=[Save()])
+    assert seen == [8]
+
+
+def test_an_error_of_writing_a_snapshot_ends_the_training_and_nothing_is_lost(
+    tmp_path, monkeypatch
+):
+    model = make_model()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_snapshot", Mock(side_effect=OSError(28, "No space left")))
+        with pytest.raises(OSError, match=r"Cannot write .*snapshot-0{9}8.* Free space"):
+            fit(model, tmp_path / "a")
+    step = model.average_step
+    assert 8 < step <= 16
+    # The error was raised, and training goes on in the same folder.
+    fit(model, tmp_path / "a")
+    assert list_steps(tmp_path / "a")[-1] == step + 40

@@ -16,6 +16,7 @@ from polyak_model.average.step_detector import StepDetector
 from polyak_model.average.training_threads import TrainingThreads
 from polyak_model.backend import keras_internals
 from polyak_model.saving import layout
+from polyak_model.weight_files.background import BackgroundWriter
 
 
 class Shadow(keras.layers.Layer):
@@ -69,6 +70,7 @@ class Shadow(keras.layers.Layer):
         self.detector = StepDetector(self, self.fingerprint)
         self.described = None  # What a file says of the state that is loaded next.
         self.training_threads = TrainingThreads()
+        self.background = BackgroundWriter()
         self._file = contextlib.ExitStack()  # Open while Keras saves or loads the models.
 
     def __dir__(self):

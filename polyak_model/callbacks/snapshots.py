@@ -32,6 +32,11 @@ class AverageSnapshots(keras.callbacks.Callback):
     length of the training is known, small snapshots that will be removed are
     written only if it ends early.
 
+    Snapshots are written in the background, in a thread, while training goes on. It
+    waits only if one is to be taken before the last is written; at its end; and
+    before the model is saved, as by `keras.callbacks.BackupAndRestore`. An error of
+    the thread is raised then.
+
     The factors of LoRA are saved one by one, and merged into the kernel where an
     average is rebuilt.
 
@@ -132,11 +137,12 @@ class AverageSnapshots(keras.callbacks.Callback):
             self._position = position
             self._add(is_lasting=True)
         self._remove(self._spacing(self._position.step))
-        backend.in_one_process(self.model, self._write_pending)
+        backend.in_one_process(self.model, self._end)
 
-    def _write_pending(self):
+    def _end(self):
         for step in sorted(self._pending):
             self._write(step, *self._pending.pop(step))
+        self.model.shadow.background.wait()
 
     def _spacing(self, step):
         return self.every or find_spacing(step, self.count)
@@ -151,6 +157,8 @@ class AverageSnapshots(keras.callbacks.Callback):
 
     def _find_past(self, position):
         """Finds which snapshots in the folder belong to the past of this training."""
+        # Of a training that was interrupted.
+        self.model.shadow.background.wait()
         self.folder.mkdir(parents=True, exist_ok=True)
         run, found = self.model.shadow.run, list_snapshots(self.folder)
         for other in found:
@@ -208,8 +216,12 @@ class AverageSnapshots(keras.callbacks.Callback):
         path = self.folder / snapshot_name(step)
         # HDF5 and the record add less to each variable.
         size = sum(weight.array.nbytes + 4096 for each in weights.values() for weight in each)
-        with atomic_file(path, size) as partial:
-            write_snapshot(partial, record, weights)
+
+        def write():
+            with atomic_file(path, size) as partial:
+                write_snapshot(partial, record, weights)
+
+        self.model.shadow.background.write(write)
         self._paths[step] = path
 
     def _remove(self, spacing):

@@ -83,7 +83,12 @@ class SaveableModel(keras.Model):
             backend.sync(self)
             # Keras swallows what a property raises while it collects the state.
             self.shadow.catch_up()
-            backend.in_one_process(self, write, state_variables(self))
+            backend.in_one_process(self, lambda: self._write_in_order(write), state_variables(self))
+
+    def _write_in_order(self, write):
+        # A backup must not be ahead of the snapshots that a training resumed from it counts on.
+        self.shadow.background.wait()
+        write()
 
     @contextlib.contextmanager
     def _file_ended(self):
