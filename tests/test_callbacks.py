@@ -1,6 +1,7 @@
 """AverageCheckpoint: the file contains the scored weights, also after training was resumed."""
 
 import os
+import threading
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from models import (
 )
 
 from polyak_model import AverageCheckpoint, PolyakModel
+from polyak_model.saving.staging import StagedFile
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def test_the_newest_file_is_kept_between_the_batches_of_one_step(fit, tmp_path):
     kept = []
     fit(
         model,
-        AverageCheckpoint(path, save_freq=1, keep_last=1),
+        AverageCheckpoint(path, save_freq=1, keep_last=1, save_on_background=False),
         keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs: kept.append(names(tmp_path))
         ),
@@ -443,3 +445,71 @@ def test_a_score_that_another_callback_adds_can_be_monitored(fit, tmp_path):
     fit(make_model(), added, best, epochs=3)
     assert best.best == 1
     assert names(tmp_path) == ["1-3.weights.h5", "2-1.weights.h5"]
+
+
+class Watch(keras.callbacks.Callback):
+    """Lists the files of a folder at the beginning of each epoch."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.seen = folder, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen.append(names(self.folder))
+
+
+def test_training_goes_on_while_a_file_is_written(fit, tmp_path, monkeypatch):
+    go_on, watch, write = threading.Event(), Watch(tmp_path), StagedFile.write
+
+    def hold(staged, path):
+        assert go_on.wait(60)
+        write(staged, path)
+
+    class GoOn(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if watch.seen[1:]:
+                go_on.set()
+
+    monkeypatch.setattr(StagedFile, "write", hold)
+    best = AverageCheckpoint(tmp_path / "{epoch}.keras")
+    fit(make_model(), best, watch, GoOn(), epochs=2)
+    assert not any(name.endswith(".keras") for name in watch.seen[1])
+    assert names(tmp_path) == ["1.keras", "2.keras"]
+
+
+def test_a_file_is_complete_before_training_goes_on_if_that_is_asked_for(fit, tmp_path):
+    watch = Watch(tmp_path)
+    checkpoint = AverageCheckpoint(tmp_path / "{epoch}.keras", save_on_background=False)
+    fit(make_model(), checkpoint, watch, epochs=3)
+    assert watch.seen == [[], ["1.keras"], ["1.keras", "2.keras"]]
+
+
+def test_files_written_in_the_background_are_those_written_at_once(fit, tmp_path):
+    for folder, background in (("now", False), ("later", True)):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        checkpoints = [
+            AverageCheckpoint(
+                tmp_path / folder / f"{contents}-{{epoch}}.keras",
+                contents,
+                save_on_background=background,
+            )
+            for contents in ("average", "raw", "both")
+        ]
+        fit(make_model(), *checkpoints, epochs=2)
+    assert len(names(tmp_path / "now")) == 6
+    assert names(tmp_path / "now") == names(tmp_path / "later")
+    for name in names(tmp_path / "now"):
+        loaded = [keras.models.load_model(tmp_path / each / name) for each in ("now", "later")]
+        assert_identical(*(model.get_weights() for model in loaded))
+
+
+def test_an_error_of_writing_in_the_background_ends_the_training(fit, tmp_path):
+    (tmp_path / "1.keras").mkdir()
+    model = make_model()
+    with pytest.raises(OSError, match=r"1\.keras'.*folder"):
+        fit(model, AverageCheckpoint(tmp_path / "{epoch}.keras"), epochs=4)
+    assert 2 <= model.average_step <= 4
+    # It was raised once.
+    fit(model, AverageCheckpoint(tmp_path / "after-{epoch}.keras"), epochs=1)
+    assert names(tmp_path) == ["1.keras", "after-1.keras"]

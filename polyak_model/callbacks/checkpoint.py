@@ -16,6 +16,7 @@ from polyak_model.model import PolyakModel
 from polyak_model.saving.checkpoint_history import CheckpointHistory, Position, has_placeholders
 from polyak_model.saving.saveable_model import size_in_file, state_variables
 from polyak_model.saving.score_record import write_record
+from polyak_model.saving.staging import stage
 from polyak_model.weight_files.atomic_write import atomic_file
 
 WHOLE = "both"
@@ -50,6 +51,12 @@ class AverageCheckpoint(keras.callbacks.Callback):
         keep_last: Int of at least 1, how many files to keep; the files of this
             training that were written before them are removed. Defaults to
             None: all.
+        save_on_background: Bool. Whether training goes on while a thread writes
+            the file, from a copy of the weights in the memory of the host. It
+            waits only if the next file is due before the last is written, at
+            its end, and before the `PolyakModel` is saved. An error of the thread
+            is raised then. Defaults to True, as in
+            `keras.callbacks.OrbaxCheckpoint`.
 
     Raises:
         ValueError: If an argument is out of its range. When training begins: if
@@ -81,6 +88,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
         save_best_only: bool = False,
         save_freq: int | str = "epoch",
         keep_last: int | None = None,
+        save_on_background: bool = True,
     ) -> None:
         super().__init__()
         self.filepath = os.fspath(filepath)
@@ -90,6 +98,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
         self.save_best_only = bool(save_best_only)
         self.save_freq = _check_frequency(save_freq, self.save_best_only)
         self.keep_last = keep_last if keep_last is None else _check_kept(keep_last, self.filepath)
+        self.save_on_background = bool(save_on_background)
         if not self.filepath.endswith((".keras", ".weights.h5")):
             raise ValueError(
                 "`filepath` must end with '.keras', for models, or '.weights.h5', for weights. "
@@ -132,6 +141,8 @@ class AverageCheckpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not in on_train_begin, where BackupAndRestore may still have to load its backup.
+        if self._is_first_epoch:
+            self._wait()  # For the files of a training that was interrupted.
         self._history.resume(self.model.shadow.run, self._position(), reread=self._is_first_epoch)
         self._epoch, self._last_batch, self._is_first_epoch = epoch + 1, -1, False
 
@@ -160,8 +171,12 @@ class AverageCheckpoint(keras.callbacks.Callback):
         self._history.leave(self._position())
 
     def on_train_end(self, logs=None):
+        self._wait()
         # Weights may have been restored, and a finished training that is resumed has no epoch left.
         self._history.resume(self.model.shadow.run, self._position(), reread=self._is_first_epoch)
+
+    def _wait(self):
+        backend.in_one_process(self.model, self.model.shadow.background.wait)
 
     def _find_saved(self):
         names = list(self.model.rules)
@@ -239,19 +254,31 @@ class AverageCheckpoint(keras.callbacks.Callback):
         own = {"raw": self.model.raw_model, WHOLE: self.model}
         model = {**self.model.average_models, **own}[self._saved]
 
-        def write():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path, size_in_file(model)) as partial:
-                if path.name.endswith(".keras"):
-                    keras.saving.save_model(model, partial)
-                else:
-                    keras.Model.save_weights(model, partial)
-                write_record(partial, record)
-            if self.keep_last:
-                self._history.remove_older(self.keep_last)
+        def start():
+            background = self.model.shadow.background
+            background.wait()
+            staged, size = stage(model, path.suffix), size_in_file(model)
+            take_back = self._history.add(record)
 
-        backend.in_one_process(self.model, write, state_variables(model))
-        self._history.add(record)
+            def write():
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_file(path, size) as partial:
+                        staged.write(partial)
+                        write_record(partial, record)
+                except BaseException:
+                    take_back()
+                    raise
+                if self.keep_last:
+                    self._history.remove_older(self.keep_last)
+
+            background.write(write)
+            if not self.save_on_background:
+                background.wait()
+
+        backend.in_one_process(self.model, start, state_variables(model))
+        if not backend.is_writer(self.model):
+            self._history.add(record)
 
 
 def _sample_checksum(weights):

@@ -56,7 +56,7 @@ class CheckpointHistory:
 
     >>> history = CheckpointHistory("{epoch}.keras", "best average")
     >>> history.resume("a training", Position(0, 0, 0))
-    >>> history.add(history.record("1.keras", Position(8, 8, 1234), best=0.5))
+    >>> take_back = history.add(history.record("1.keras", Position(8, 8, 1234), best=0.5))
     >>> history.best
     0.5
     """
@@ -124,13 +124,23 @@ class CheckpointHistory:
         }
 
     def add(self, record):
-        """Adds a file that was written, and its score.
+        """Adds a file that is being written, and its score.
 
         Args:
             record: What `record` returned for it.
+
+        Returns:
+            A function that takes the score back, for a file that could not be
+            written.
         """
+        before = self._improvements
         self._sequence = record["sequence"]
         self._improvements = record["improvements"]
+
+        def take_back():
+            self._improvements = before
+
+        return take_back
 
     def files(self):
         """Returns the records of the files that this callback wrote in this training, by path.

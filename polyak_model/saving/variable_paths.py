@@ -11,7 +11,7 @@ from polyak_model.backend.keras_internals import flatten_layers
 from polyak_model.weight_files.reader import open_weights
 from polyak_model.weight_files.training_state import find_training_state, is_inside
 
-_LAYER = "polyak_model_layer"
+NUMBER = "polyak_model_layer"
 
 
 def find_saved_values(model):
@@ -36,25 +36,39 @@ def find_saved_values(model):
     >>> groups["layers/dense/vars"]
     {'name': 'dense'}
     """
-    layers = flatten_layers(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "paths.weights.h5")
+        stored = save_numbers(flatten_layers(model), lambda: keras.Model.save_weights(model, path))
+        with open_weights(path) as file:
+            state = set.union(*find_training_state(file))
+            values = {}
+            for name, variable in file.variables.items():
+                group, _, key = name.rpartition("/")
+                if key == NUMBER:
+                    values |= {f"{group}/{k}": v for k, v in stored[int(variable.read())].items()}
+                elif not is_inside(name, state):
+                    values[name] = variable.read()
+            groups = {n: a for n, a in file.attributes.items() if n and not is_inside(n, state)}
+    return values, groups
+
+
+def save_numbers(layers, save):
+    """Lets Keras write a file in which each layer leaves its number alone.
+
+    Args:
+        layers: A list of layers, and of optimizers.
+        save: `() -> None`, which lets Keras save a model.
+
+    Returns:
+        A list with what each of them would have saved, a dict. Its number is in
+        the file as `NUMBER`, in the group of these variables.
+    """
     stored = [{} for _ in layers]
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
             stack.enter_context(_recording(layer, number, stored[number]))
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        path = pathlib.Path(folder, "paths.weights.h5")
-        keras.Model.save_weights(model, path)
-        file = stack.enter_context(open_weights(path))
-        state = set.union(*find_training_state(file))
-        values = {}
-        for name, variable in file.variables.items():
-            group, _, key = name.rpartition("/")
-            if key == _LAYER:
-                values |= {f"{group}/{k}": v for k, v in stored[int(variable.read())].items()}
-            elif not is_inside(name, state):
-                values[name] = variable.read()
-        groups = {n: a for n, a in file.attributes.items() if n and not is_inside(n, state)}
-    return values, groups
+        save()
+    return stored
 
 
 @contextlib.contextmanager
@@ -66,7 +80,7 @@ def _recording(layer, number, stored):
     def record(store):
         save(stored)
         if stored:
-            store[_LAYER] = keras.ops.convert_to_numpy(number)
+            store[NUMBER] = keras.ops.convert_to_numpy(number)
 
     with replaced_method(layer, "save_own_variables", record):
         yield

@@ -9,9 +9,11 @@ import keras
 import numpy as np
 import pytest
 from keras import tree
+from keras_files import contents_of
 from models import Recorder
 
 from polyak_model import ExponentialAverage, PolyakModel
+from polyak_model.saving.staging import stage
 
 RULE = ExponentialAverage(0.8)
 
@@ -193,6 +195,9 @@ def check_predictions(model, kind):
 def check_saving(model, kind, tmp_path):
     """The loaded wrapper has the same weights and gives the same answers."""
     model.save(tmp_path / "model.keras")
+    # AverageCheckpoint writes the same file in the background.
+    stage(model, ".keras").write(tmp_path / "staged.keras")
+    assert contents_of(tmp_path / "staged.keras") == contents_of(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_same_state(model, loaded)
     # Both models take part in the answer of the ensemble.
