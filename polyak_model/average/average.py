@@ -43,6 +43,10 @@ class Average:
         """Returns whether averaging has begun after so many steps; before, it mirrors."""
         return step - self.origin > self.rule.start_step
 
+    def has_begun(self, step):
+        """Returns the same outside of traces, for an int, as a bool, in less time."""
+        return step - int(backend.fetch(self.origin)) > self.rule.start_step
+
     def move_at(self, step, stepped):
         """Returns whether the average moves at a step, and the weight of the newest iterate.
 

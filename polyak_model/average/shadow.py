@@ -133,12 +133,12 @@ class Shadow(keras.layers.Layer):
 
     def steps(self):
         """Returns the optimizer steps taken since averaging (re)started, an int."""
-        return int(self.step.numpy())
+        return int(backend.fetch(self.step))
 
     def unbegun(self):
         """Returns the averages that still mirror the raw model, a list."""
         step = self.steps()
-        return [each for each in self.averages.values() if not bool(each.begins_after(step))]
+        return [each for each in self.averages.values() if not each.has_begun(step)]
 
     def update(self, stepped=True, may_skip=False):
         """Takes one step of averaging.

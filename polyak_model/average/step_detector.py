@@ -33,7 +33,7 @@ class StepDetector:
 
     def watching(self):
         """Returns whether changed raw weights count as a step, a bool."""
-        return int(self._fingerprint.numpy()) != 0
+        return int(backend.fetch(self._fingerprint)) != 0
 
     def stop(self):
         """Leaves it to calls of `Shadow.update` to report steps."""
