@@ -1,4 +1,9 @@
-"""How averages are updated, in operations that XLA fuses into one loop for each."""
+"""How averages are updated, in operations that XLA fuses into one loop for each.
+
+The formulas are compiled functions of their own. Within a training step, each is
+traced and lowered once for all weights of equal shape and dtype, rather than once
+for each weight.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +15,20 @@ from polyak_model.backend.jax.state import Tracer
 def update(updates):
     for pairs, weight in updates:
         for pair in pairs:
-            a = pair.target.value
-            w = jax.lax.stop_gradient(ops.convert_to_tensor(pair.raw)).astype(a.dtype)
-            c = jnp.asarray(weight).astype(a.dtype)
+            w = jax.lax.stop_gradient(ops.convert_to_tensor(pair.raw))
             if pair.residual is None:
-                pair.target.assign(_updated(c, w, a))
+                pair.target.assign(_updated(weight, w, pair.target.value))
             else:
-                moved, rest = _updated_compensated(c, w, a, pair.residual.value)
+                state = pair.target.value, pair.residual.value
+                moved, rest = _updated_compensated(weight, w, *state)
                 pair.target.assign(moved)
                 pair.residual.assign(rest)
 
 
+@jax.jit
 def _updated(c, w, a):
     """Returns `a + c * (w - a)`."""
+    c, w = (jnp.asarray(x).astype(a.dtype) for x in (c, w))
     w = jnp.where(jnp.isfinite(w), w, a)
     # Half of a difference never overflows, and halving is exact. From the nearer end the step is
     # at most half of the difference, so it does not overflow either.
@@ -31,8 +37,10 @@ def _updated(c, w, a):
     return jnp.where(c == 1, w, moved)
 
 
+@jax.jit
 def _updated_compensated(c, w, a, r):
     """Returns the same for an average of twice the precision, `a + r`, and its new residual."""
+    c, w = (jnp.asarray(x).astype(a.dtype) for x in (c, w))
     step = _step(c, w, a, r)
     moved = a + step
     rest = step - (moved - a)
