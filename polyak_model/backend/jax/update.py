@@ -1,8 +1,8 @@
 """How averages are updated, in operations that XLA fuses into one loop for each.
 
-The formulas are compiled functions of their own. Within a training step, each is
-traced and lowered once for all weights of equal shape and dtype, rather than once
-for each weight.
+The formula of an average is a compiled function of its own. Within a training step,
+it is traced and lowered once for all weights of equal shape and dtype, rather than
+once for each weight.
 """
 
 import jax
@@ -38,7 +38,7 @@ def _updated(c, w, a):
     return jnp.where(jnp.isfinite(w), moved, a)
 
 
-@jax.jit
+# Compiled as a function of its own, it would take a third of the weights' memory more in a step.
 def _updated_compensated(c, w, a, r):
     """Returns the same for an average of twice the precision, `a + r`, and its new residual."""
     w = w.astype(a.dtype)
