@@ -1,5 +1,6 @@
 """Checkpoints of an average model, the raw model or the whole, saved with their score."""
 
+import functools
 import math
 import os
 import pathlib
@@ -14,7 +15,7 @@ from polyak_model.backend.keras_internals import metric_direction
 from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
 from polyak_model.saving.checkpoint_history import CheckpointHistory, Position, has_placeholders
-from polyak_model.saving.saveable_model import size_in_file, state_variables
+from polyak_model.saving.saveable_model import state_variables
 from polyak_model.saving.score_record import write_record
 from polyak_model.saving.staging import stage
 from polyak_model.weight_files.atomic_write import atomic_file
@@ -254,31 +255,32 @@ class AverageCheckpoint(keras.callbacks.Callback):
         own = {"raw": self.model.raw_model, WHOLE: self.model}
         model = {**self.model.average_models, **own}[self._saved]
 
-        def start():
-            background = self.model.shadow.background
-            background.wait()
-            staged, size = stage(model, path.suffix), size_in_file(model)
-            take_back = self._history.add(record)
-
-            def write():
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_file(path, size) as partial:
-                        staged.write(partial)
-                        write_record(partial, record)
-                except BaseException:
-                    take_back()
-                    raise
-                if self.keep_last:
-                    self._history.remove_older(self.keep_last)
-
-            background.write(write)
-            if not self.save_on_background:
-                background.wait()
-
+        start = functools.partial(self._start_writing, model, path, record)
         backend.in_one_process(self.model, start, state_variables(model))
         if not backend.is_writer(self.model):
             self._history.add(record)
+
+    def _start_writing(self, model, path, record):
+        background = self.model.shadow.background
+        background.wait()
+        staged = stage(model, path.suffix)
+        take_back = self._history.add(record)
+
+        def write():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path, staged.size) as partial:
+                    staged.write(partial)
+                    write_record(partial, record)
+            except BaseException:
+                take_back()
+                raise
+            if self.keep_last:
+                self._history.remove_older(self.keep_last)
+
+        background.write(write)
+        if not self.save_on_background:
+            background.wait()
 
 
 def _sample_checksum(weights):

@@ -28,6 +28,13 @@ class StagedFile:
         self._contents = contents
         self._tensors = tensors
 
+    @property
+    def size(self):
+        """The largest size that the file can have, in bytes."""
+        tensors = [tensor for each in self._tensors for tensor in each.values()]
+        # HDF5 adds less to each.
+        return len(self._contents) + sum(tensor.nbytes + 4096 for tensor in tensors)
+
     def write(self, path):
         """Writes the file that Keras would have written when it was staged.
 
