@@ -15,9 +15,9 @@ from polyak_model.backend.keras_internals import metric_direction
 from polyak_model.errors import check_choice, check_integer
 from polyak_model.model import PolyakModel
 from polyak_model.saving.checkpoint_history import CheckpointHistory, Position, has_placeholders
-from polyak_model.saving.saveable_model import state_variables
+from polyak_model.saving.saveable_model import size_in_file, state_variables
 from polyak_model.saving.score_record import write_record
-from polyak_model.saving.staging import stage
+from polyak_model.saving.staging import save, stage
 from polyak_model.weight_files.atomic_write import atomic_file
 
 WHOLE = "both"
@@ -56,8 +56,8 @@ class AverageCheckpoint(keras.callbacks.Callback):
             the file, from a copy of the weights in the memory of the host. It
             waits only if the next file is due before the last is written, at
             its end, and before the `PolyakModel` is saved. An error of the thread
-            is raised then. Defaults to True, as in
-            `keras.callbacks.OrbaxCheckpoint`.
+            is raised then. Otherwise it writes at once, without a copy.
+            Defaults to True, as in `keras.callbacks.OrbaxCheckpoint`.
 
     Raises:
         ValueError: If an argument is out of its range. When training begins: if
@@ -263,14 +263,18 @@ class AverageCheckpoint(keras.callbacks.Callback):
     def _start_writing(self, model, path, record):
         background = self.model.shadow.background
         background.wait()
-        staged = stage(model, path.suffix)
+        if self.save_on_background:
+            staged = stage(model, path.suffix)
+            write_model, size = staged.write, staged.size
+        else:
+            write_model, size = functools.partial(save, model), size_in_file(model)
         take_back = self._history.add(record)
 
         def write():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path, staged.size) as partial:
-                    staged.write(partial)
+                with atomic_file(path, size) as partial:
+                    write_model(partial)
                     write_record(partial, record)
             except BaseException:
                 take_back()
@@ -278,9 +282,10 @@ class AverageCheckpoint(keras.callbacks.Callback):
             if self.keep_last:
                 self._history.remove_older(self.keep_last)
 
-        background.write(write)
-        if not self.save_on_background:
-            background.wait()
+        if self.save_on_background:
+            background.write(write)
+        else:
+            write()
 
 
 def _sample_checksum(weights):

@@ -73,6 +73,19 @@ class StagedFile:
                 del file[name]
 
 
+def save(model, path):
+    """Lets Keras write a model, or its weights.
+
+    Args:
+        model: A built `keras.Model`.
+        path: A `pathlib.Path` that ends in `.keras` or `.weights.h5`.
+    """
+    if path.suffix == ".keras":
+        keras.saving.save_model(model, path)
+    else:
+        keras.Model.save_weights(model, path)
+
+
 def stage(model, ending):
     """Copies what Keras would save of a model now.
 
@@ -89,19 +102,15 @@ def stage(model, ending):
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     >>> staged = stage(model, ".keras")
     >>> before = model.get_weights()[0]
-    >>> model.set_weights([[[7.0]], [0.0]])
+    >>> model.set_weights([np.ones((1, 1)), np.ones(1)])
     >>> staged.write(folder / "model.keras")
     >>> bool(keras.models.load_model(folder / "model.keras").get_weights()[0] == before)
     True
     """
     with tempfile.TemporaryDirectory() as folder:
-        if ending == ".keras":
-            path = pathlib.Path(folder, "empty.keras")
-            save = functools.partial(keras.saving.save_model, model, path)
-        else:
-            path = pathlib.Path(folder, "empty.weights.h5")
-            save = functools.partial(keras.Model.save_weights, model, path)
-        stored = save_numbers([*flatten_layers(model), *optimizers_of(model)], save)
+        path = pathlib.Path(folder, "empty.keras" if ending == ".keras" else "empty.weights.h5")
+        layers = [*flatten_layers(model), *optimizers_of(model)]
+        stored = save_numbers(layers, functools.partial(save, model, path))
         contents = path.read_bytes()
     tensors = [{k: np.array(backend.fetch(v)) for k, v in each.items()} for each in stored]
     return StagedFile(contents, tensors)
