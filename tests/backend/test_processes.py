@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from frameworks import BACKEND
 
+from polyak_model import PolyakModel
+
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.skipif(BACKEND != "jax", reason="Keras fits over several processes on JAX"),
@@ -121,6 +123,7 @@ def test_a_saved_model_loads_in_both_processes(trained):
 
 def test_a_file_of_several_processes_loads_in_one(trained, folder):
     model = keras.models.load_model(folder / "model.keras")
+    assert isinstance(model, PolyakModel)
     with np.load(folder / "averages-0.npz") as expected:
         for value, variable in zip(expected.values(), model.variables, strict=True):
             np.testing.assert_array_equal(value, variable.numpy())
