@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import keras
 import numpy as np
@@ -482,6 +483,23 @@ def test_a_file_is_complete_before_training_goes_on_if_that_is_asked_for(fit, tm
     checkpoint = AverageCheckpoint(tmp_path / "{epoch}.keras", save_on_background=False)
     fit(make_model(), checkpoint, watch, epochs=3)
     assert watch.seen == [[], ["1.keras"], ["1.keras", "2.keras"]]
+
+
+def test_a_callback_can_load_the_file_that_is_being_written(fit, tmp_path, monkeypatch):
+    path, write, steps = tmp_path / "both.weights.h5", StagedFile.write, []
+
+    def take_time(staged, partial):
+        time.sleep(0.5)
+        write(staged, partial)
+
+    class Load(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.load_weights(path)
+            steps.append(self.model.average_step)
+
+    monkeypatch.setattr(StagedFile, "write", take_time)
+    fit(make_model(), AverageCheckpoint(path, contents="both"), Load(), epochs=2)
+    assert steps == [2, 4]
 
 
 def test_files_written_in_the_background_are_those_written_at_once(fit, tmp_path):

@@ -173,6 +173,8 @@ class SaveableModel(keras.Model):
                 model is unchanged.
         """
         self._check_built("load_weights")
+        # A callback may load what another one is writing in the background.
+        self.shadow.background.wait()
         if os.path.isfile(filepath):
             self._check_file(filepath, skip_mismatch)
         with self._file_ended(), self._unchanged_on_failure():
