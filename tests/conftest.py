@@ -47,6 +47,7 @@ OF_ALL_BACKENDS = {
     "test_jax.py",
     "test_jax_custom_steps.py",
     "test_jax_guide.py",
+    "test_jax_memory.py",
     "test_jax_overhead.py",
     "test_joint_model.py",
     "test_keras_callbacks.py",

@@ -1,0 +1,17 @@
+import pathlib
+
+import pytest
+
+pytestmark = pytest.mark.benchmarks
+
+
+def test_a_step_takes_no_copy_of_an_average(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "benchmarks")
+    import memory_jax
+
+    rows = memory_jax.main(["--model", "mlp-10M"])
+    assert [row[0] for row in rows] == [*memory_jax.VARIANTS]
+    extra = {name: float(ratio) for name, _, ratio in rows}
+    for averages, name in enumerate(("bare", "PolyakModel", "two averages", "three averages")):
+        assert extra[name] == pytest.approx(averages, abs=0.05)
+    assert 2 <= extra["compensated"] < 3
