@@ -395,6 +395,14 @@ def holding(monkeypatch):
     return go_on
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "a").touch()
+    model = make_model()
+    with pytest.raises(OSError, match=r"Cannot create the folder '.*a': a file has its name"):
+        fit(model, tmp_path / "a")
+    assert model.average_step == 0
+
+
 def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
     go_on = holding(monkeypatch)
 

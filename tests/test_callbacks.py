@@ -531,3 +531,11 @@ def test_an_error_of_writing_in_the_background_ends_the_training(fit, tmp_path):
     # It was raised once.
     fit(model, AverageCheckpoint(tmp_path / "after-{epoch}.keras"), epochs=1)
     assert names(tmp_path) == ["1.keras", "after-1.keras"]
+
+
+def test_a_file_in_the_place_of_a_folder_ends_the_training_at_once(fit, tmp_path):
+    (tmp_path / "a").touch()
+    model = make_model()
+    with pytest.raises(OSError, match=r"Cannot create the folder '.*a': a file has its name"):
+        fit(model, AverageCheckpoint(tmp_path / "a" / "{epoch}.keras"), epochs=4)
+    assert model.average_step == 2

@@ -18,7 +18,7 @@ from polyak_model.saving.checkpoint_history import CheckpointHistory, Position, 
 from polyak_model.saving.saveable_model import size_in_file, state_variables
 from polyak_model.saving.score_record import write_record
 from polyak_model.saving.staging import save, stage
-from polyak_model.weight_files.atomic_write import atomic_file
+from polyak_model.weight_files.atomic_write import atomic_file, make_folder
 
 WHOLE = "both"
 _LARGE = 4096  # Entries.
@@ -52,12 +52,14 @@ class AverageCheckpoint(keras.callbacks.Callback):
         keep_last: Int of at least 1, how many files to keep; the files of this
             training that were written before them are removed. Defaults to
             None: all.
-        save_on_background: Bool. Whether training goes on while a thread writes
+        save_on_background: Bool. If True, training goes on while a thread writes
             the file, from a copy of the weights in the memory of the host. It
             waits only if the next file is due before the last is written, at
-            its end, and before the `PolyakModel` is saved. An error of the thread
-            is raised then. Otherwise it writes at once, without a copy.
-            Defaults to True, as in `keras.callbacks.OrbaxCheckpoint`.
+            its end, and before the `PolyakModel` is saved or loads weights. An
+            error of the thread is raised then. If False, training waits for
+            each file, which needs no copy: for callbacks that read a file right
+            after the epoch. Defaults to True, as in
+            `keras.callbacks.OrbaxCheckpoint`.
 
     Raises:
         ValueError: If an argument is out of its range. When training begins: if
@@ -263,6 +265,7 @@ class AverageCheckpoint(keras.callbacks.Callback):
     def _start_writing(self, model, path, record):
         background = self.model.shadow.background
         background.wait()
+        make_folder(path.parent)
         if self.save_on_background:
             staged = stage(model, path.suffix)
             write_model, size = staged.write, staged.size
@@ -272,7 +275,6 @@ class AverageCheckpoint(keras.callbacks.Callback):
 
         def write():
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path, size) as partial:
                     write_model(partial)
                     write_record(partial, record)

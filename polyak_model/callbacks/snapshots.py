@@ -13,7 +13,7 @@ from polyak_model.snapshots.folder import list_snapshots, snapshot_name
 from polyak_model.snapshots.reading import AverageReader, find_readers
 from polyak_model.snapshots.record import Record, write_snapshot
 from polyak_model.snapshots.thinning import find_spacing, find_superfluous
-from polyak_model.weight_files.atomic_write import atomic_file
+from polyak_model.weight_files.atomic_write import atomic_file, make_folder
 
 # In bytes. Snapshots that a later spacing removes stay in memory up to this limit.
 _MOST_PENDING = 2**27
@@ -33,9 +33,9 @@ class AverageSnapshots(keras.callbacks.Callback):
     written only if it ends early.
 
     Snapshots are written in the background, in a thread, while training goes on. It
-    waits only if one is to be taken before the last is written; at its end; and
-    before the model is saved, as by `keras.callbacks.BackupAndRestore`. An error of
-    the thread is raised then.
+    waits only if the next is due before the last is written; at its end; and before
+    the model is saved, as by `keras.callbacks.BackupAndRestore`, or loads weights. An
+    error of the thread is raised then.
 
     The factors of LoRA are saved one by one, and merged into the kernel where an
     average is rebuilt.
@@ -159,7 +159,7 @@ class AverageSnapshots(keras.callbacks.Callback):
         """Finds which snapshots in the folder belong to the past of this training."""
         # Of a training that was interrupted.
         self.model.shadow.background.wait()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         run, found = self.model.shadow.run, list_snapshots(self.folder)
         for other in found:
             if other.record.run != run:

@@ -10,7 +10,7 @@ from keras import tree
 
 from polyak_model.average.clone_check import input_specs
 from polyak_model.backend import keras_internals
-from polyak_model.weight_files.atomic_write import atomic_file, atomic_folder
+from polyak_model.weight_files.atomic_write import atomic_file, atomic_folder, make_folder
 
 _SAVED_MODEL = ("assets", "fingerprint.pb", "saved_model.pb", "variables")
 _WRITING = {
@@ -37,7 +37,7 @@ def export(model, filepath, format, **kwargs):
     if format not in _WRITING or _REMOTE.match(str(filepath)):
         model.export(filepath, format=format, **kwargs)
         return
-    pathlib.Path(filepath).absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(pathlib.Path(filepath).absolute().parent)
     printed = io.StringIO()
     with _WRITING[format](filepath) as partial, contextlib.redirect_stdout(printed):
         model.export(str(partial), format=format, **kwargs)

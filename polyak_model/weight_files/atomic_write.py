@@ -9,7 +9,7 @@ import stat
 import tempfile
 import time
 
-from polyak_model.weight_files.refusal import find_errno, in_one_line
+from polyak_model.weight_files.refusal import find_errno, reason
 
 try:
     import fcntl
@@ -113,6 +113,23 @@ def atomic_folder(path, parts):
             raise
 
 
+def make_folder(path):
+    """Makes a folder, and those above it, unless it exists.
+
+    Args:
+        path: A `pathlib.Path`.
+
+    Raises:
+        OSError: If it cannot be made; its message names `path`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = "a file has its name" if path.is_file() else reason(error)
+        message = f"Cannot create the folder {str(path)!r}: {problem}. Choose another place."
+        raise OSError(error.errno, message) from error
+
+
 def _check_replaceable(place, path, parts):
     if place.exists() and not place.is_dir():
         raise NotADirectoryError(
@@ -149,9 +166,11 @@ def _temporary_folder(place, path):
     except OSError as error:
         number = find_errno(error)
         # HDF5 puts a page of its own state into the message.
-        reason = os.strerror(number) if number else in_one_line(error)
+        problem = reason(error)
         kept = "What was there before is unchanged. " if place.exists() else ""
-        message = f"Cannot write {str(path)!r}: {reason}. {kept}Free space or choose another place."
+        message = (
+            f"Cannot write {str(path)!r}: {problem}. {kept}Free space or choose another place."
+        )
         raise OSError(number, message) if number else OSError(message) from error
 
 
