@@ -69,4 +69,4 @@ class BackgroundWriter:
 def _print_errors():
     for writer in _writers:
         if writer._error is not None:
-            print(f"polyak_model: {writer._error}", file=sys.stderr)
+            print(f"polyak_model: a file was not written. {writer._error}", file=sys.stderr)

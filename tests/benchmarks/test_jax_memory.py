@@ -14,4 +14,5 @@ def test_a_step_takes_no_copy_of_an_average(monkeypatch):
     extra = {name: float(ratio) for name, _, ratio in rows}
     for averages, name in enumerate(("bare", "PolyakModel", "two averages", "three averages")):
         assert extra[name] == pytest.approx(averages, abs=0.05)
-    assert 2 <= extra["compensated"] < 3
+    # Two copies of the weights, and XLA's temporary buffers.
+    assert 2 <= extra["compensated"] < 2.8

@@ -59,4 +59,5 @@ writer.write(write)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (tmp_path / "a").exists()
-    assert "polyak_model: Cannot write 'a': the disk is full." in result.stderr
+    told = "polyak_model: a file was not written. Cannot write 'a': the disk is full."
+    assert told in result.stderr
