@@ -15,6 +15,7 @@ MODULES = {
     "update": ("assign", "update"),
     "fingerprint": ("fingerprint",),
     "trainer": (
+        "BuildHook",
         "EvaluationStep",
         "PredictionStep",
         "Trainer",
@@ -154,16 +155,22 @@ class PredictionStep:
     """Mixin that makes Keras predict by `_predict_batch(data)`, which returns the outputs."""
 
 
-class Trainer(TrainingStep, EvaluationStep, PredictionStep):
+class BuildHook:
+    """Mixin: before the first step Keras calls `_build_on_batch(data)`.
+
+    That method creates all variables for a batch, or for None where they all
+    exist. The subclass also implements `_scored()`, which returns the models
+    whose metrics are updated, and `_may_build_before_tracing()`, which returns
+    whether `_build_on_batch` may be called before a step is traced, though Keras
+    itself would not, with the types of a batch.
+    """
+
+
+class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook):
     """All three steps, and what Keras does before the first of them.
 
-    The subclass also implements `_build_on_batch(data)`, which creates all
-    variables for a batch, or for None where they all exist; `_scored()`, which
-    returns the models whose metrics are updated; `_check_compiled(method_name)`,
-    which raises `ValueError` unless the model can run the method; and
-    `_may_build_before_tracing()`, which returns whether `_build_on_batch` may be
-    called before a step is traced, though Keras itself would not, with the types
-    of a batch.
+    The subclass also implements `_check_compiled(method_name)`, which raises
+    `ValueError` unless the model can run the method.
     """
 
 

@@ -5,13 +5,12 @@ from keras import ops
 
 from polyak_model import backend
 from polyak_model.backend import keras_internals
+from polyak_model.backend.keras_internals import flatten_layers
 from polyak_model.inference.ensemble import join
 from polyak_model.inference.routes import ENSEMBLE, RAW
 
 
-class JointModel(
-    backend.EvaluationStep, backend.PredictionStep, keras_internals.BuildHook, keras.Model
-):
+class JointModel(backend.EvaluationStep, backend.PredictionStep, backend.BuildHook, keras.Model):
     """Predicts through a route, and scores several routes in one pass.
 
     It has compiled functions and metrics of its own, so that calls through
@@ -120,6 +119,12 @@ class JointModel(
 
     def _scored(self):
         return self._scores.values()
+
+    def _may_build_before_tracing(self):
+        if self.run_eagerly or not isinstance(self._scores[self.routes[0]], RouteScores):
+            return False
+        models = (model for route in self.routes for model in self._models(route))
+        return all(layer.built for model in models for layer in flatten_layers(model))
 
     def _build_on_batch(self, data):
         self._prepare(data)

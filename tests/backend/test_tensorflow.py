@@ -160,14 +160,14 @@ def test_an_error_outside_a_trace_is_raised():
 
 
 class CountsTraces(layers.Layer):
-    """Counts its calls in training, of which compiled steps make one for each trace."""
+    """Counts its calls, in training and else, of which compiled steps make one for each trace."""
 
     def __init__(self):
         super().__init__()
-        self.traces = 0
+        self.traces = {True: 0, False: 0}
 
     def call(self, inputs, training=None):
-        self.traces += bool(training)
+        self.traces[bool(training)] += 1
         return inputs
 
 
@@ -184,10 +184,18 @@ def test_a_training_step_is_traced_once_though_keras_itself_traces_it_twice(batc
     inner = make_counting()
     model = PolyakModel(compile_classifier(inner), {"short": 0.9, "long": 0.99})
     model.fit(*batches, batch_size=4, verbose=0)
-    assert inner.layers[0].traces == 1
+    assert inner.layers[0].traces[True] == 1
     bare = compile_classifier(make_counting())
     bare.fit(*batches, batch_size=4, verbose=0)
-    assert bare.layers[0].traces == 2
+    assert bare.layers[0].traces[True] == 2
+
+
+def test_an_evaluation_of_several_routes_is_traced_once(batches):
+    inner = make_counting()
+    model = PolyakModel(compile_classifier(inner), report=("average", "raw"))
+    before = inner.layers[0].traces[False]
+    model.evaluate(*batches, verbose=0)
+    assert inner.layers[0].traces[False] - before == 1
 
 
 @pytest.mark.parametrize("sparse", [False, True])

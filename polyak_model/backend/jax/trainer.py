@@ -12,6 +12,7 @@ from polyak_model.backend.jax.tracing import double_precision
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
 
 __all__ = [
+    "BuildHook",
     "EvaluationStep",
     "PredictionStep",
     "Trainer",

@@ -6,11 +6,13 @@ import keras
 import tensorflow as tf
 from keras import tree
 
+from polyak_model.backend import keras_internals
 from polyak_model.backend.common import may_skip_steps, stepping_optimizers
-from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
+from polyak_model.backend.keras_internals import CompileHook, loss_tracker
 from polyak_model.backend.tensorflow.tracing import outside_trace
 
 __all__ = [
+    "BuildHook",
     "EvaluationStep",
     "PredictionStep",
     "Trainer",
@@ -42,13 +44,17 @@ class PredictionStep:
         return self._predict_batch(data)
 
 
-class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHook):
+class BuildHook(keras_internals.BuildHook):
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         super()._maybe_symbolic_build(iterator, data_batch)
         # TensorFlow traces a step twice if its first trace creates variables.
         batch = _batch_specifications(iterator)
         if batch is not None and self._may_build_before_tracing():
             self._build_on_batch(batch)
+
+
+class Trainer(TrainingStep, EvaluationStep, PredictionStep, BuildHook, CompileHook):
+    pass
 
 
 def _batch_specifications(iterator):

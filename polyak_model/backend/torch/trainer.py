@@ -11,6 +11,7 @@ from polyak_model.backend.common import may_skip_steps, stepping_optimizers, sym
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
 
 __all__ = [
+    "BuildHook",
     "EvaluationStep",
     "PredictionStep",
     "Trainer",
