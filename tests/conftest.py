@@ -211,6 +211,14 @@ def fresh_keras():
     keras.config.set_dtype_policy(policy)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unfollowed_leftovers():
+    """What a module leaves alive is not followed again by `gc.collect()`, which Keras calls."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=["eager", "graph", "xla"])
 def mode(request, monkeypatch):
     """Arguments of `compile` for eager, graph and XLA execution, or for those a test names."""
