@@ -39,10 +39,9 @@ def test_importing_the_package_does_not_import_keras():
 
 
 @pytest.mark.processes
-def test_classes_are_registered_when_keras_came_first_or_a_class_was_imported():
+def test_classes_are_registered_when_keras_came_first():
     registered = "print('polyak_model>PolyakModel' in keras.saving.get_custom_objects())"
     assert run(f"import keras; import polyak_model; {registered}").endswith("True")
-    assert run(f"from polyak_model import PolyakModel; import keras; {registered}").endswith("True")
 
 
 @pytest.mark.processes
@@ -65,10 +64,8 @@ def test_a_source_distribution_contains_all_tests_and_what_they_read(tmp_path):
 
 
 @pytest.mark.processes
-def test_keras_loads_a_file_once_the_class_is_imported_and_names_its_module_before(tmp_path):
-    path = str(tmp_path / "model.keras")
-    make = "PolyakModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))"
-    run(f"import keras; from polyak_model import PolyakModel; {make}.save({path!r})")
+def test_keras_loads_a_file_once_the_class_is_imported_and_names_its_module_before():
+    path = str(ROOT / "tests" / "formats" / "format-2.keras")
     load = f"keras.models.load_model({path!r})"
     loaded = f"from polyak_model import PolyakModel; import keras; print(type({load}).__name__)"
     assert run(loaded).endswith("PolyakModel")

@@ -39,7 +39,11 @@ def test_the_average_is_that_of_tensorflow(num_updates):
 
 
 # Keras rounds the momentum to float32 before it takes it from 1; ours is given the same number.
-@pytest.mark.parametrize("momentum", [0.5, float(np.float32(0.99))])
+@pytest.mark.parametrize(
+    ("momentum", "mode"),
+    [(0.5, "graph"), *((float(np.float32(0.99)), mode) for mode in ("eager", "graph", "xla"))],
+    indirect=["mode"],
+)
 def test_the_biased_average_is_that_of_keras(momentum, mode, batches):
     bare = make_classifier()
     optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=momentum)

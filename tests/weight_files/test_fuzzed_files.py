@@ -9,7 +9,7 @@ import pytest
 import polyak_model
 from polyak_model.weight_files.reader import ENDINGS
 
-FILES = 700
+FILES = 400
 
 
 @pytest.mark.processes
