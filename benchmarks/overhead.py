@@ -49,9 +49,8 @@ import keras
 import overhead_charts
 import overhead_growth
 import overhead_tables
-from training_steps import MODELS
+from training_steps import BACKEND, MODELS, TITLE
 
-BACKEND = keras.backend.backend()
 trainer = importlib.import_module(f"overhead_{BACKEND}")
 
 
@@ -122,7 +121,7 @@ def run_in_turns(options):
 
 def describe(options):
     """Returns what is measured, for titles."""
-    parts = [trainer.VERSION]
+    parts = [TITLE]
     if BACKEND == "tensorflow":
         parts.append("XLA" if options.jit else "plain graph")
     if options.steps_per_execution > 1:

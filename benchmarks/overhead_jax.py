@@ -26,8 +26,6 @@ from training_steps import (
     take_turns,
 )
 
-VERSION = f"JAX {jax.__version__}"
-
 
 class Optax(keras.callbacks.Callback):
     """Averages the trainable weights with Optax."""

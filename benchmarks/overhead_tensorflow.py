@@ -9,7 +9,6 @@ import itertools
 import tensorflow as tf
 from training_steps import DECAY, UNTIMED, VARIANTS, begin_training, prepare_training, take_turns
 
-VERSION = f"TensorFlow {tf.__version__}"
 PEERS = {}
 
 

@@ -27,8 +27,6 @@ from training_steps import (
 
 from polyak_model import PolyakModel
 
-VERSION = f"PyTorch {torch.__version__}"
-
 
 class Peer(keras.callbacks.Callback):
     """Averages the float weights of a model; a subclass says how."""

@@ -1,5 +1,6 @@
 """Trainings to time on all backends: models, variants of averaging, and alternation."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -16,6 +17,9 @@ from keras import layers
 
 from polyak_model import AverageMonitor, AverageSnapshots, ExponentialAverage, PolyakModel
 
+BACKEND = keras.backend.backend()
+TITLE = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[BACKEND]
+TITLE += f" {importlib.import_module(BACKEND).__version__}"
 DECAY = 0.999
 ROUTES = ("average", "raw", "ensemble")
 UNTIMED = 2  # Calls before the rounds: the first compiles, and the second may still allocate.

@@ -43,6 +43,7 @@ OF_ALL_BACKENDS = {
     "test_distribution.py",
     "test_exclusion.py",
     "test_fingerprint.py",
+    "test_inference.py",
     "test_interface.py",
     "test_jax.py",
     "test_jax_custom_steps.py",

@@ -78,7 +78,7 @@ def test_averages_callbacks_and_peers_are_timed_on_every_backend(tmp_path, capsy
     assert json.loads(path.read_text("utf-8")) == {"tiny": times}
     assert plot.stat().st_size > 0
     printed = capsys.readouterr().out
-    assert overhead.trainer.VERSION in printed
+    assert training_steps.TITLE in printed
     assert all(f" {name} " in printed for name in times)
 
 
@@ -92,7 +92,7 @@ def test_a_peer_averages_exponentially(name):
     # Some begin with the first weights, some with those after the first step: the same here.
     for weights in (first, second, third):
         model.set_weights(weights)
-        if overhead.BACKEND == "jax":
+        if training_steps.BACKEND == "jax":
             state = [weight.value for weight in model.trainable_variables]
             model._jax_state = {"trainable_variables": state}
         callback.on_train_batch_end(0)
