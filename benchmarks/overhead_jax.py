@@ -63,7 +63,6 @@ class Turn(keras.callbacks.Callback):
         self._fit, self._error = fit, None
         self._may_begin, self._has_ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
 
     def _run(self):
         try:
@@ -73,6 +72,8 @@ class Turn(keras.callbacks.Callback):
         self._has_ended.set()
 
     def __call__(self):
+        if self._thread.ident is None:
+            self._thread.start()
         self._may_begin.set()
         if not self._has_ended.wait(timeout=600) or self._error is not None:
             raise RuntimeError("The training of a variant has failed.") from self._error

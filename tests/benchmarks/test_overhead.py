@@ -102,6 +102,14 @@ def test_a_peer_averages_exponentially(name):
         np.testing.assert_allclose(keras.ops.convert_to_numpy(average), expected, atol=3e-7)
 
 
+@pytest.mark.skipif(training_steps.BACKEND != "jax", reason="only JAX trains in threads")
+def test_a_training_that_fails_in_its_thread_is_told_at_its_turn():
+    turn = overhead.trainer.Turn(lambda turn: 1 / 0)
+    with pytest.raises(RuntimeError, match="has failed") as error:
+        turn()
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
 def test_extra_time_is_the_median_of_paired_differences():
     steps = {"bare": [2.0, 10.0, 3.0], "average": [2.5, 11.0, 3.25], "floor": [0.25] * 3}
     times = {name: {"first": 4.0, "steps": own} for name, own in steps.items()}
