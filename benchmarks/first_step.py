@@ -67,7 +67,7 @@ def measure(model, variant):
         )
 
     keras.utils.set_random_seed(0)
-    model = VARIANTS[variant](make, compile_model)
+    model = VARIANTS[variant].build(make, compile_model)
     x = keras.ops.convert_to_numpy(keras.ops.zeros((batch_size, *model.input_shape[1:])))
     y = keras.ops.convert_to_numpy(keras.ops.zeros((batch_size,), "int32"))
     begun = time.process_time()

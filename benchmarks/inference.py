@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py
     python benchmarks/inference.py --models narrow mlp-10M --jit --json inference.json
+    KERAS_BACKEND=jax python benchmarks/inference.py
 
 Claims: `predict` and `evaluate` through the average or the raw model take at most
 1.02 times as long as with the bare model, and through the ensemble at most 2.05
@@ -9,8 +10,8 @@ times. One pass that reports all three routes takes at most 2.1 times as long. T
 first call after a change of route takes no longer than other calls.
 
 All calls alternate in one process, in an order shuffled in each round, on the same
-data: a `tf.data.Dataset` of complete batches in memory. (For arrays, Keras builds a
-dataset in each call, which takes longer than a small model.) The first call of each
+data: complete batches in memory, on TensorFlow as a `tf.data.Dataset`. (For arrays, Keras
+builds a dataset in each call, which takes longer than a small model.) The first call of each
 kind, which traces, is not counted. The table shows the median time, and the median
 ratio to the first call of the group in the same round ± half its interquartile range:
 in wall-clock time and in processor time of this process, which is more reliable on a
@@ -21,18 +22,14 @@ model and back with `keras.callbacks.SwapEMAWeights`.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
-from training_steps import DECAY, MODELS, ROUTES, timed
+from training_steps import BACKEND, DECAY, MODELS, ROUTES, TITLE, draw_batches, timed
 
 from polyak_model import PolyakModel
 from polyak_model.cli.tables import format_table
@@ -63,27 +60,31 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=20, help="number of calls of each kind")
     parser.add_argument("--batches", type=int, default=16, help="batches per call")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--jit", action="store_true", help="compile with XLA")
+    parser.add_argument("--jit", action="store_true", help="compile with XLA, on TensorFlow")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order")
     parser.add_argument("--json", metavar="PATH", help="write all times in seconds here")
     parser.add_argument("--plot", metavar="PATH", default="inference.png")
     options = parser.parse_args(arguments)
+    if BACKEND != "tensorflow" and options.jit:
+        parser.error("--jit is for TensorFlow. JAX always compiles with XLA.")
     times = {}
     for name in options.models:
         print(f"{name}: {options.rounds} rounds", file=sys.stderr, flush=True)
-        groups = prepare(MODELS[name][0], options.batches, options.batch_size, options.jit)
+        # Without this, JAX would not compile.
+        jit = options.jit if BACKEND == "tensorflow" else "auto"
+        groups = prepare(MODELS[name][0], options.batches, options.batch_size, jit)
         times[name] = measure(groups, options.rounds, options.seed)
         keras.utils.clear_session()
-    print(
-        f"{'XLA' if options.jit else 'plain graph'}, {options.rounds} rounds of calls with "
-        f"{options.batches} batches of {options.batch_size}\n"
-    )
+    graph = {"tensorflow": ", XLA" if options.jit else ", plain graph"}.get(BACKEND, "")
+    sizes = f"{options.batches} batches of {options.batch_size}"
+    title = f"{TITLE}{graph}, {options.rounds} rounds of calls with {sizes}"
+    print(f"{title}\n")
     header = ["model", "call", "route", "median, ms", "ratio", "processor ratio", "target"]
     print(format_table(header, [row for name in times for row in rows(name, times[name])], left=3))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(times, file)
-    draw(options.plot, times)
+    draw(options.plot, times, title)
     return times
 
 
@@ -166,15 +167,28 @@ def take_two_steps(model):
             model.update_average()
 
 
+class Batches(keras.utils.PyDataset):
+    """Complete batches, from arrays with an axis of batches in front."""
+
+    def __init__(self, *arrays):
+        super().__init__()
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.arrays[0])
+
+    def __getitem__(self, index):
+        return tuple(array[index] for array in self.arrays)
+
+
 def draw_data(model, batches, batch_size):
     """Returns a dataset of random inputs and labels."""
-    (specification,) = model.inputs
-    generator = np.random.default_rng(0)
-    draw = generator.random((batches, batch_size, *specification.shape[1:]))
-    whole = 100 if specification.dtype.startswith("int") else 1
-    x = (draw * whole).astype(specification.dtype)
-    y = generator.integers(0, 10, (batches, batch_size))
-    return tf.data.Dataset.from_tensor_slices((x, y))
+    arrays = draw_batches(*model.inputs, batches, batch_size)
+    if BACKEND != "tensorflow":
+        return Batches(*arrays)
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(arrays)
 
 
 def measure(groups, rounds, seed):
@@ -226,7 +240,7 @@ def rows(model, times):
             ]
 
 
-def draw(path, times):
+def draw(path, times, title):
     """Plots the wall-clock ratios to the bare model, with the targets as black lines."""
     from matplotlib.figure import Figure
 
@@ -254,6 +268,7 @@ def draw(path, times):
     panels[0].invert_yaxis()
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

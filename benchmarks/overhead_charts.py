@@ -7,15 +7,17 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from polyak_model.cli.demo.experiment import COLOURS
 
 GREY = "#999999"
+PEERS = ("Keras use_ema", "host callback", "optax", "AveragedModel", "ema-pytorch")
 
 
-def draw_extra_time(path, models):
+def draw_extra_time(path, models, caption):
     """Plots the extra time of each variant relative to the bare step, a panel per model.
 
     Args:
         path: Path of a .png file.
         models: Dict from a model to a dict from each variant, and `floor`, to a
             tuple of the low end, the middle and the high end of its share.
+        caption: String, says what was measured and what the ends are.
     """
     panels = {name: {k: v for k, v in own.items() if k != "floor"} for name, own in models.items()}
     figure, axes = _bars(panels)
@@ -25,6 +27,7 @@ def draw_extra_time(path, models):
         panel.set_xlabel("relative to the bare step")
     title = "Extra time per training step, and the floor (dotted)"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7)
     figure.savefig(path, dpi=150)
 
 
@@ -56,8 +59,7 @@ def _bars(panels, sharex=False):
     for panel, (title, own) in zip(axes, panels.items(), strict=True):
         for row, name in enumerate(variants):
             low, middle, high = own[name]
-            ours = not name.startswith(("Keras", "host"))
-            colour = COLOURS["average"] if ours else GREY
+            colour = GREY if name in PEERS else COLOURS["average"]
             panel.barh(row, middle, color=colour, height=0.65)
             # The difference of medians can lie outside the range of single differences.
             ends = [[max(0, middle - low)], [max(0, high - middle)]]

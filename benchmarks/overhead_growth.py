@@ -24,7 +24,6 @@ import keras
 import numpy as np
 import overhead_charts
 from keras import layers, ops
-from training_steps import prepare, prepare_floor, take_turns
 
 from polyak_model.cli.tables import format_table
 
@@ -71,13 +70,19 @@ def add_arguments(parser):
     parser.add_argument("--variables", nargs="+", type=int, default=counts, help="with --growth")
 
 
-def main(options):
+def main(options, measure, title):
     """Times models that grow in two ways; prints a table and plots it.
+
+    Args:
+        options: Those of `overhead.py`.
+        measure: `(make, batch_size, options) -> times`, that of the backend.
+        title: String, says what was measured.
 
     Returns:
         A dict from `parameters` and `variables` to a dict from a size to the
-        result of `take_turns`.
+        result of `measure`.
     """
+    options.variants = ["bare", "PolyakModel"]
     shapes = {
         "parameters": {n: (VARIABLES, round(n / VARIABLES / WIDTH)) for n in options.parameters},
         "variables": {n: (n, WIDTH) for n in options.variables},
@@ -86,10 +91,11 @@ def main(options):
     for way, own in shapes.items():
         for size, shape in own.items():
             print(f"{size:,} {way}", file=sys.stderr, flush=True)
-            results[way][size] = measure(functools.partial(make_tables, *shape), options)
+            make = functools.partial(make_tables, *shape)
+            results[way][size] = measure(make, 1, options)
             keras.utils.clear_session()
     extra = {way: {n: quartiles(times) for n, times in own.items()} for way, own in results.items()}
-    print(f"{'XLA' if options.jit else 'plain graph'}, {options.rounds} rounds, ms per step\n")
+    print(f"{title}, ms per step\n")
     header = ["growing", "size", "bare", "floor", "extra", "extra / floor"]
     print(format_table(header, [row for way in extra for row in rows(way, extra[way])]))
     print()
@@ -98,17 +104,6 @@ def main(options):
     print(format_table(["growing", "slope of extra time", "slope of floor"], cells))
     overhead_charts.draw_growth(options.plot, extra, lines)
     return results
-
-
-def measure(make, options):
-    """Times the bare model, the wrapped one and the floor in alternation, per training step."""
-    k = options.steps_per_execution
-    steps = {name: prepare(name, make, 1, options.jit, k) for name in ("bare", "PolyakModel")}
-    steps["floor"] = prepare_floor(make().count_params())
-    times = take_turns(steps, options.rounds, options.seed)
-    for name in ("bare", "PolyakModel"):
-        times[name]["steps"] = [seconds / k for seconds in times[name]["steps"]]
-    return times
 
 
 def quartiles(times):

@@ -31,7 +31,8 @@ import sys
 
 import overhead_charts
 import tensorflow as tf
-from training_steps import MODELS, prepare
+from overhead_tensorflow import prepare
+from training_steps import MODELS
 
 from polyak_model.cli.tables import format_table
 

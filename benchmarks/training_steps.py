@@ -1,7 +1,13 @@
-"""Training steps to time: models, variants of averaging, and alternation."""
+"""Trainings to time on all backends: models, variants of averaging, and alternation."""
 
+import importlib
+import importlib.util
 import os
+import shutil
+import tempfile
 import time
+import typing
+import weakref
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -9,10 +15,14 @@ import keras
 import numpy as np
 from keras import layers
 
-from polyak_model import ExponentialAverage, PolyakModel
+from polyak_model import AverageMonitor, AverageSnapshots, ExponentialAverage, PolyakModel
 
+BACKEND = keras.backend.backend()
+TITLE = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[BACKEND]
+TITLE += f" {importlib.import_module(BACKEND).__version__}"
 DECAY = 0.999
 ROUTES = ("average", "raw", "ensemble")
+UNTIMED = 2  # Calls before the rounds: the first compiles, and the second may still allocate.
 
 
 def make_mlp(width, depth=7, inputs=784):
@@ -55,16 +65,24 @@ MODELS = {
 }
 
 
-class HostAverage:
+class HostAverage(keras.callbacks.Callback):
     """The common hand-written callback: the average is a list of NumPy arrays."""
 
-    def __init__(self, model):
-        self.model = model
-        self.average = model.get_weights()
+    def on_train_begin(self, logs=None):
+        self.average = self.model.get_weights()
 
-    def __call__(self):
+    def on_train_batch_end(self, batch, logs=None):
         for i, w in enumerate(self.model.get_weights()):
             self.average[i] = DECAY * self.average[i] + (1 - DECAY) * w
+
+
+class Snapshots(AverageSnapshots):
+    """Snapshots in a folder that is removed with this callback."""
+
+    def __init__(self):
+        super().__init__(tempfile.mkdtemp())
+        # A thread may still write, since not every loop here ends its training.
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def bare(make, compile_model):
@@ -90,18 +108,73 @@ def wrapped(average=DECAY, **kwargs):
     return build
 
 
+class Variant(typing.NamedTuple):
+    """Builds a compiled model, and a callback that averages or watches it."""
+
+    build: typing.Callable
+    callback: typing.Callable = keras.callbacks.Callback
+
+
 VARIANTS = {
-    "bare": bare,
-    "PolyakModel": wrapped(),
-    "two averages": wrapped({"short": 0.99, "long": DECAY}),
-    "three averages": wrapped({"short": 0.9, "middle": 0.99, "long": DECAY}),
-    "compensated": wrapped(compensated=True),
-    "update_every=16": wrapped(ExponentialAverage(DECAY, update_every=16)),
-    "device=CPU:0": wrapped(device="CPU:0"),
-    "report of three routes": wrapped(report=ROUTES),
-    "Keras use_ema": keras_ema,
-    "host callback": bare,
+    "bare": Variant(bare),
+    "PolyakModel": Variant(wrapped()),
+    "two averages": Variant(wrapped({"short": 0.99, "long": DECAY})),
+    "three averages": Variant(wrapped({"short": 0.9, "middle": 0.99, "long": DECAY})),
+    "compensated": Variant(wrapped(compensated=True)),
+    "update_every=16": Variant(wrapped(ExponentialAverage(DECAY, update_every=16))),
+    "device=CPU:0": Variant(wrapped(device="CPU:0")),
+    "report of three routes": Variant(wrapped(report=ROUTES)),
+    "snapshots": Variant(wrapped(), Snapshots),
+    "monitor": Variant(wrapped(), lambda: AverageMonitor(every=1)),
+    "Keras use_ema": Variant(keras_ema),
+    "host callback": Variant(bare, HostAverage),
 }
+
+
+def add_installed(peers):
+    """Returns `VARIANTS` with those peers whose packages, of the same name, are installed."""
+    modules = {name: name.replace("-", "_") for name in peers}
+    return VARIANTS | {n: peers[n] for n in peers if importlib.util.find_spec(modules[n])}
+
+
+def prepare_training(variant, make, batch_size, **settings):
+    """Builds what a variant trains.
+
+    Args:
+        variant: A `Variant`.
+        make: `() -> keras.Model`.
+        batch_size: Int.
+        **settings: Keyword arguments of `compile`.
+
+    Returns:
+        A tuple of the model, the callback, and a batch of random inputs and labels.
+    """
+    keras.utils.set_random_seed(0)
+
+    def compile_model(model, **optimizer):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(1e-4, **optimizer), loss, **settings)
+
+    model = variant.build(make, compile_model)
+    # The input of the inner model, since a wrapper has none before it is called.
+    (specification,) = getattr(model, "raw_model", model).inputs
+    return model, variant.callback(), draw_batches(specification, batch_size)
+
+
+def draw_batches(specification, *sizes):
+    """Returns random inputs and labels, of shapes that begin with these sizes."""
+    generator = np.random.default_rng(0)
+    draw = generator.random((*sizes, *specification.shape[1:]))
+    whole = 100 if specification.dtype.startswith("int") else 1
+    return (draw * whole).astype(specification.dtype), generator.integers(0, 10, sizes)
+
+
+def begin_training(callback, model, steps):
+    """Tells a callback what `fit` tells it before the first of so many steps."""
+    callback.set_params({"epochs": 1, "steps": steps})
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_epoch_begin(0)
 
 
 def take_turns(steps, rounds, seed):
@@ -112,7 +185,7 @@ def take_turns(steps, rounds, seed):
 
     Args:
         steps: Dict from names to functions without arguments.
-        rounds: Int, calls of each function after its first two.
+        rounds: Int, calls of each function after its first `UNTIMED`.
         seed: Int, seed of the order.
 
     Returns:
@@ -121,7 +194,7 @@ def take_turns(steps, rounds, seed):
     """
     times = {name: {"first": timed(step), "steps": []} for name, step in steps.items()}
     for step in steps.values():
-        timed(step)  # The second call may still allocate.
+        timed(step)
     names, generator = list(steps), np.random.default_rng(seed)
     for _ in range(rounds):
         for i in generator.permutation(len(names)):
@@ -134,61 +207,3 @@ def timed(step):
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
-
-
-def prepare(name, make, batch_size, jit, steps_per_execution=1):
-    """Returns a function that runs training steps as `fit` does and waits for them.
-
-    Args:
-        name: One of `VARIANTS`.
-        make: `() -> keras.Model`.
-        batch_size: Int.
-        jit: Bool. Whether to compile with XLA.
-        steps_per_execution: Int, training steps per call. Defaults to 1.
-    """
-    import tensorflow as tf  # PyTorch's benchmark uses the models and the turns alone.
-
-    keras.utils.set_random_seed(0)
-
-    def compile_model(model, **kwargs):
-        model.compile(
-            keras.optimizers.SGD(1e-4, **kwargs),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            jit_compile=jit,
-            steps_per_execution=steps_per_execution,
-        )
-
-    model = VARIANTS[name](make, compile_model)
-    after = HostAverage(model) if name == "host callback" else lambda: None
-    # The input of the inner model, since a wrapper has none before it is called.
-    specification = getattr(model, "raw_model", model).inputs[0]
-    generator = np.random.default_rng(0)
-    draw = generator.random((batch_size, *specification.shape[1:]))
-    whole = 100 if specification.dtype.startswith("int") else 1
-    batch = (draw * whole).astype(specification.dtype), generator.integers(0, 10, batch_size)
-    iterator = iter(tf.data.Dataset.from_tensors(batch).repeat())
-    model.make_train_function()
-
-    def step():
-        logs = model.train_function(iterator)
-        # Some versions of Keras wrap what they return.
-        float(getattr(logs, "get_value", lambda: logs)()["loss"])
-        after()
-
-    return step
-
-
-def prepare_floor(parameters):
-    """Returns a function that reads two buffers and writes one of them, in place."""
-    import tensorflow as tf
-
-    average = tf.Variable(tf.zeros(parameters))
-    w = tf.Variable(tf.ones(parameters))
-
-    @tf.function
-    def add():
-        handle = average.handle
-        tf.raw_ops.ResourceApplyGradientDescent(var=handle, alpha=-1e-3, delta=w.read_value())
-        return w[0]
-
-    return lambda: float(add())

@@ -30,6 +30,7 @@ def make_counting():
     return keras.Sequential([keras.Input((6,)), Counting(), keras.layers.Dense(10)])
 
 
+@pytest.mark.tensorflow
 def test_the_benchmark_of_inference_asks_who_it_says_and_switching_routes_traces_nothing(inference):
     groups = inference.prepare(make_counting, batches=2, batch_size=4, jit=False)
     before = Counting.traces
@@ -66,6 +67,7 @@ def test_the_benchmark_of_inference_asks_who_it_says_and_switching_routes_traces
             assert one_pass == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.tensorflow
 def test_all_calls_alternate_in_an_order_shuffled_in_every_round(inference):
     log = []
     names = ["bare", "average", "raw after raw", "raw after average"]
@@ -105,5 +107,6 @@ def test_the_script_prints_writes_and_plots_the_times_of_a_tiny_model(inference,
             assert min(own["clock"]) > 0
 
 
+@pytest.mark.tensorflow
 def test_a_ratio_is_the_median_of_paired_ratios(inference):
     assert inference.ratio([2.0, 11.0, 9.0], [1.0, 10.0, 3.0]) == (2.0, (3.0 - 1.1) / 2)

@@ -35,6 +35,7 @@ def test_a_difference_that_noise_has_made_negative_leaves_no_slope(overhead_grow
 
 
 def test_gradients_of_tables_are_dense_and_move_their_first_rows(overhead_growth):
+    import overhead_tensorflow
     import tensorflow as tf
 
     inner = []
@@ -43,7 +44,7 @@ def test_gradients_of_tables_are_dense_and_move_their_first_rows(overhead_growth
         inner.append(overhead_growth.make_tables(count=3, rows=50))
         return inner[-1]
 
-    step = overhead_growth.prepare("PolyakModel", make, 1, False)
+    step = overhead_tensorflow.prepare("PolyakModel", make, 1, False)
     tables = inner[0].trainable_variables
     assert [table.shape for table in tables] == [(50, 32)] * 3
     with tf.GradientTape() as tape:
