@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import Pair
@@ -117,6 +118,15 @@ def test_several_averages_share_one_check_of_the_iterates(monkeypatch):
     backend.update([([pair], weight) for pair, weight in zip(pairs, (0.0, 0.25, 1.0), strict=True)])
     assert [pair.target.numpy().tolist() for pair in pairs] == [[1, 2], [2, 2], [5, 2]]
     assert len(checked) == 1
+
+
+def test_small_tensors_are_checked_without_threads_that_would_wait_on_a_busy_machine(monkeypatch):
+    monkeypatch.setattr(torch, "dot", lambda *args: pytest.fail("starts threads of BLAS"))
+    pairs = [Pair(*variables([1.0] * 12_000, [2.0] * 12_000)) for _ in range(5)]
+    backend.update([(pairs, 0.5)])
+    backend.update([(pairs[:1], 0.5)])
+    assert set(pairs[0].target.numpy()) == {1.75}
+    assert set(pairs[-1].target.numpy()) == {1.5}
 
 
 def test_weights_of_16_bits_are_averaged_in_float32():
