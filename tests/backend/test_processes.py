@@ -28,7 +28,7 @@ def run_both(folder, stage):
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     settings = {
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
     }
     workers = [
         subprocess.Popen(

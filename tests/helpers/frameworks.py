@@ -1,8 +1,23 @@
 """What tests need of the current backend of Keras."""
 
+import functools
+
 import keras
 
 BACKEND = keras.backend.backend()
+# What XLA does unless it is told otherwise, as it is by tests/conftest.py.
+SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
+def compile_as_shipped(monkeypatch):
+    """Lets Keras, and calls of `jax.jit`, compile on JAX as users do, until that is undone."""
+    import jax
+    from keras.src.backend.jax import trainer
+
+    assert trainer.jit is jax.jit
+    jit = functools.partial(jax.jit, compiler_options=SHIPPED)
+    for module in (jax, trainer):
+        monkeypatch.setattr(module, "jit", jit)
 
 
 def compiled(function, variables, run_eagerly=False, jit_compile=False):
