@@ -157,8 +157,9 @@ def pytest_collection_modifyitems(config, items):
         import devices
 
         devices.add_second_device()
-        # Looking for garbage need not look through TensorFlow each time, nor at the many objects
-        # of a trace while they are made.
+    if "keras" in sys.modules:
+        # Looking for garbage need not look through Keras and its backend each time, nor at the many
+        # objects of a trace while they are made.
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
 
