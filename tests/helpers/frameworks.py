@@ -6,7 +6,7 @@ import keras
 
 BACKEND = keras.backend.backend()
 # What XLA does unless it is told otherwise, as it is by tests/conftest.py.
-SHIPPED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+SHIPPED = {"xla_backend_optimization_level": 3}
 
 
 def compile_as_shipped(monkeypatch):
