@@ -129,6 +129,27 @@ def test_small_tensors_are_checked_without_threads_that_would_wait_on_a_busy_mac
     assert set(pairs[-1].target.numpy()) == {1.5}
 
 
+@pytest.mark.parametrize("bad", [None, np.nan, LARGEST])
+def test_a_compensated_average_in_blocks_is_that_of_whole_tensors_bit_for_bit(bad, monkeypatch):
+    generator = np.random.default_rng(0)
+    average, iterate, residual = generator.normal(size=(3, 4, 5, 2))
+    if bad is not None:
+        iterate[2, 1, 0] = bad
+    results = []
+    for block in (updates.BLOCK, 7):
+        monkeypatch.setattr(updates, "BLOCK", block)
+        pairs = [Pair(*variables(average, iterate, 1e-8 * residual)) for _ in range(3)]
+        # The same values in another order in memory, as of images with channels last.
+        last = pairs[-1].raw
+        last._value = last.value.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        backend.update([(pairs[:2], 0.3)])
+        backend.update([(pairs[2:], 0.3)])
+        results.append([[pair.target.numpy(), pair.residual.numpy()] for pair in pairs])
+    np.testing.assert_array_equal(*results)
+    assert not np.array_equal(results[0][0][0], average)
+    np.testing.assert_array_equal(results[0][0], results[0][2])
+
+
 def test_weights_of_16_bits_are_averaged_in_float32():
     (target,), (raw,) = variables([1.0]), variables([1.5], dtype="float32")
     raw = keras.Variable(raw.numpy(), dtype="bfloat16")

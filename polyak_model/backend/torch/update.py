@@ -14,6 +14,8 @@ from polyak_model.backend.torch.values import value_of
 SMALL = 2**15
 # So many are copied at once.
 TOGETHER = 2**20
+# So many of a large tensor are updated at once where there are intermediate results.
+BLOCK = 2**18
 
 
 @torch.no_grad()
@@ -24,15 +26,19 @@ def update(updates):
         return
     targets = [_tensors(pair.target for pair in pairs) for pairs, _ in moves]
     iterates = _like(targets[0], _tensors(pair.raw for pair in moves[0][0]))
+    residuals = [None] * len(moves)
+    if moves[0][0][0].residual is not None:
+        residuals = [_tensors(pair.residual for pair in pairs) for pairs, _ in moves]
+        iterates, *others = _in_blocks(iterates, *targets, *residuals)
+        targets, residuals = others[: len(moves)], others[len(moves) :]
     for part in _parts(iterates):
         w = iterates[part]
         moderate = _are_moderate(w)
-        for (pairs, c), averages in zip(moves, targets, strict=True):
+        for (_, c), averages, rests in zip(moves, targets, residuals, strict=True):
             a = averages[part]
-            if pairs[0].residual is not None:
-                r = _tensors(pair.residual for pair in pairs[part])
+            if rests is not None:
                 update = _update_compensated if moderate and c < 1 else _update_any_compensated
-                update(c, w, a, r)
+                update(c, w, a, rests[part])
             elif moderate and c < 1:
                 torch._foreach_lerp_(a, w, c)
             else:
@@ -51,6 +57,26 @@ def _like(averages, raw):
     if len(dtypes) == len(set(map(torch.Tensor.get_device, tensors))) == 1:
         return raw
     return [w.to(a) for a, w in zip(averages, raw, strict=True)]
+
+
+def _in_blocks(*lists):
+    """Returns lists of tensors with blocks instead of the large ones that a CPU updates.
+
+    The intermediate results for a block stay in the CPU's cache; those for a large tensor would
+    each be written to memory and read again.
+    """
+    large = [i for i, w in enumerate(lists[0]) if w.numel() > BLOCK and w.device.type == "cpu"]
+    split = {i for i in large if all(own[i].is_contiguous() for own in lists)}
+    if not split:
+        return lists
+    return [
+        [
+            block
+            for i, tensor in enumerate(own)
+            for block in (tensor.view(-1).split(BLOCK) if i in split else (tensor,))
+        ]
+        for own in lists
+    ]
 
 
 def _parts(tensors):
