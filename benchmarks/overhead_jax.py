@@ -6,8 +6,9 @@ batch until it is its turn. `Keras use_ema` fails in a second `fit` on JAX. `opt
 jitted `optax.incremental_update` of the trainable weights after each step, if Optax is
 installed.
 
-In each process a variant falls into one of a few levels, and stays there: compare
-several processes.
+In each process a variant falls into one of a few levels, and stays there, because of
+the threads of XLA: compare several processes, or set the environment variable
+`XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`.
 """
 
 import threading
