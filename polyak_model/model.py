@@ -587,6 +587,9 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
         return logs
 
+    def _moved_pairs(self):
+        return [pairing.averaged for pairing in self.shadow.pairings if pairing is not None]
+
     def _train_raw(self, data):
         def step(data):
             return backend.call_step(self.raw_model, "train_step", data)

@@ -54,6 +54,7 @@ OF_ALL_BACKENDS = {
     "test_jax_custom_steps.py",
     "test_jax_guide.py",
     "test_jax_memory.py",
+    "test_jax_packing.py",
     "test_joint_model.py",
     "test_keras_callbacks.py",
     "test_kinds_of_model.py",
@@ -239,7 +240,10 @@ def mode(request, monkeypatch):
     if request.param == "xla" and BACKEND == "jax":
         import frameworks
 
+        from polyak_model.backend.jax import packing
+
         frameworks.compile_as_shipped(monkeypatch)
+        monkeypatch.setattr(packing, "FEW", 2)  # Small models are packed as large ones are.
     return MODES[request.param]
 
 

@@ -143,7 +143,9 @@ class TrainingStep:
 
     Put it before `keras.Model` among the bases. `_train_batch` may assign to
     variables, whatever signature the `train_step` of this backend has. A class
-    that does not inherit from it keeps Keras's `train_step`.
+    that does not inherit from it keeps Keras's `train_step`. The subclass also
+    implements `_moved_pairs()`, which returns lists of the pairs that a step
+    moves by one weight.
     """
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax._src.interpreters import ad
 
 from polyak_model.backend.common import symbolic
+from polyak_model.backend.jax.open_packs import join_parts, split_arrays
 from polyak_model.backend.jax.state import (
     Tracer,
     branch,
@@ -54,11 +55,11 @@ def when(condition, function):
             function()
             values = assigned()
         changed[:] = values
-        return [*values.values()]
+        return join_parts(values)
 
     # It is traced before the other branch.
-    values = jax.lax.cond(condition, then, lambda: [state[key] for key in changed])
-    state.update(zip(changed, values, strict=True))
+    joined = jax.lax.cond(condition, then, lambda: join_parts({key: state[key] for key in changed}))
+    state.update(split_arrays(changed, joined))
 
 
 def compiled(function):

@@ -3,10 +3,12 @@
 import contextlib
 
 from keras import ops, tree
+from keras.distribution import distribution
 from keras.src.backend import compute_output_spec
 
 from polyak_model.backend.common import may_skip_steps, stepping_optimizers, symbolic
 from polyak_model.backend.jax.exclusive import exclusive_call, interruptible, sync
+from polyak_model.backend.jax.packing import Packed, packing, run_packed, unpacked
 from polyak_model.backend.jax.state import groups_of, run_stateless, values_of
 from polyak_model.backend.jax.tracing import double_precision
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
@@ -32,11 +34,26 @@ __all__ = [
 class TrainingStep:
     def train_step(self, state, data):
         groups = groups_of(self, "train_step")
-        return run_stateless(lambda: self._train_batch(data), groups, state)
+
+        def step(state):
+            return run_stateless(lambda: self._train_batch(data), groups, state)
+
+        return run_packed(step, groups, state) if isinstance(state[1], Packed) else step(state)
 
     def make_train_function(self, force=False):
+        before = self.train_function
         with _as_a_new_function(self, "train_step"):
             super().make_train_function(force)
+        if self.train_function is not before and self._may_pack():
+            self.train_function = packing(self, self.train_function)
+
+    def _may_pack(self):
+        # What is spread over devices stays as it is.
+        return self.jit_compile and not self.run_eagerly and distribution() is None
+
+    def train_on_batch(self, *args, **kwargs):
+        with unpacked():
+            return super().train_on_batch(*args, **kwargs)
 
     def _purge_model_variables(self, **groups):
         # Emptied, variables would stay so if the first step fails. A step frees what it is given.

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from keras import ops
 
+from polyak_model.backend.jax.open_packs import merge
 from polyak_model.backend.jax.state import Tracer
 
 
 def update(updates):
     for pairs, weight in updates:
-        for pair in pairs:
+        for pair in merge(pairs):
             w = jax.lax.stop_gradient(ops.convert_to_tensor(pair.raw))
             if pair.residual is None:
                 pair.target.assign(_updated(weight, w, pair.target.value))
