@@ -6,30 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-from keras import tree
 
 from polyak_model import backend, rules
-from polyak_model.attribute_access import RawAttributes
-from polyak_model.average import batch_norm, clone_check, cloning
+from polyak_model.average import batch_norm, cloning
 from polyak_model.average.exclusion import check_exclude
 from polyak_model.average.shadow import Shadow
 from polyak_model.average.sharing import check_share_frozen
 from polyak_model.backend import keras_internals
-from polyak_model.backend.common import exportable, optimizers_of
+from polyak_model.backend.common import exportable
 from polyak_model.errors import check_choice
 from polyak_model.inference.ensemble import check_combine
 from polyak_model.inference.routed_model import RoutedModel
 from polyak_model.inference.router import Router
 from polyak_model.inference.routes import ALIAS, check_averages, check_report, check_route
-from polyak_model.keras_protocols import KerasProtocols
 from polyak_model.rules import Rule
 from polyak_model.saving import layout
-from polyak_model.training_checks import (
-    check_clone_function,
-    check_counts_steps,
-    check_model,
-    check_optimizers,
-)
+from polyak_model.wrapper.attribute_access import RawAttributes
+from polyak_model.wrapper.building import Building
+from polyak_model.wrapper.keras_protocols import KerasProtocols
+from polyak_model.wrapper.training import Training
+from polyak_model.wrapper.training_checks import check_clone_function, check_model
 
 # Of fifteen rules, the one of the smallest worst regret: benchmarks/science/default_rule.py.
 _DEFAULT_RULE = rules.PowerAverage.from_relative_width(0.15)
@@ -45,7 +41,7 @@ for _rule in (
 
 
 @keras.saving.register_keras_serializable(package="polyak_model")
-class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
+class PolyakModel(Training, Building, RoutedModel, KerasProtocols, RawAttributes):
     """Trains a model and keeps running averages of its weights beside it.
 
     After each optimizer step, inside the training step,
@@ -186,12 +182,6 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         if model.compiled:
             self._adopt_compilation()
         self._wrapped = True
-
-    @staticmethod
-    def _clone(model, clone_function, share_frozen):
-        if share_frozen:
-            return cloning.copy_model(model, keras_internals.frozen_weights(model))
-        return cloning.clone_model(model, clone_function)
 
     @property
     def average_model(self) -> keras.Model:
@@ -396,154 +386,6 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
         elif verbose:
             print(batch_norm.nothing_to_refresh(self.raw_model))
 
-    def compile(self, *args, **kwargs):
-        """Compiles the raw model, and the other routes for evaluation.
-
-        Args:
-            *args: The arguments of the raw model's `compile`.
-            **kwargs: The keyword arguments of the raw model's `compile`.
-
-        Raises:
-            ValueError: If the optimizer averages by itself (`use_ema=True`,
-                `ScheduleFreeAdamW`), or a metric cannot be copied.
-
-        Example:
-
-        >>> inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-        >>> model = PolyakModel(inner)
-        >>> model.compile(optimizer="sgd", loss="mse", metrics=["mae"])
-        >>> inner.optimizer is model.optimizer
-        True
-        """
-        self.shadow.check_frozen()
-        check_optimizers((args, kwargs))
-        self._router.check_arguments((args, kwargs))
-        backend.check_compilation(self.raw_model, (args, kwargs), **kwargs)
-        with backend.strategy_scope(self):
-            self.raw_model.compile(*args, **kwargs)
-        self._adopt_compilation(args, kwargs)
-
-    def _adopt_compilation(self, args=(), kwargs=None):
-        raw = self.raw_model
-        check_optimizers(raw.optimizer)
-        backend.check_compilation(
-            raw, raw.optimizer, raw.run_eagerly, raw.jit_compile, raw.steps_per_execution
-        )
-        with backend.strategy_scope(self):
-            self._router.compile(args, kwargs)
-            super().compile(
-                optimizer=raw.optimizer,
-                run_eagerly=raw.run_eagerly,
-                steps_per_execution=raw.steps_per_execution,
-                # XLA cannot compile a step that reaches across devices, only the raw one in it.
-                jit_compile=raw.jit_compile and self.shadow.device is None,
-                auto_scale_loss=False,
-            )
-        self.loss = raw.loss
-        vars(self)["_adopted"] = self._compilation()
-
-    def _compilation(self):
-        return keras_internals.compilation(self.raw_model), self.raw_model.optimizer
-
-    def _check_compiled(self, method):
-        raw = self.raw_model
-        if method in ("fit", "train_on_batch"):
-            # Before Keras builds the optimizer for what is trained.
-            self.shadow.check_frozen()
-        if raw.compiled and self._compilation() != self._adopted:
-            self._adopt_compilation()
-        if raw.compiled:
-            # Their settings may have changed, too.
-            check_optimizers(optimizers_of(raw) if method == "fit" else raw.optimizer)
-        if not self.compiled:
-            raise ValueError(
-                f"`{method}()` needs a compiled model. Received: a PolyakModel that was never "
-                "compiled. Call model.compile(optimizer=..., loss=...) first, or compile the inner "
-                "model before wrapping it."
-            )
-        backend.check_method(raw, method)
-
-    def get_compile_config(self):
-        return self.raw_model.get_compile_config()
-
-    def compile_from_config(self, config):
-        self.raw_model.compile_from_config(config)
-        if self.raw_model.compiled:
-            self._adopt_compilation()
-
-    def build(self, input_shape):
-        """Builds the raw model, and the average model as its copy.
-
-        Args:
-            input_shape: Shape tuple, or a nested structure of them.
-        """
-        self._start_on(tree.map_shape_structure(keras.KerasTensor, input_shape))
-
-    def _start_on(self, inputs, batch=None):
-        if self.shadow.started:
-            return
-        with backend.strategy_scope(self):
-            if not cloning.has_weights(self.raw_model):
-                cloning.build_on(self.raw_model, inputs, batch)
-        self._start(inputs, batch)
-
-    def _start_if_built(self):
-        if not self.shadow.started and cloning.has_weights(self.raw_model):
-            self._start(clone_check.input_specs(self.raw_model))
-
-    def _start(self, inputs, batch=None):
-        for clone in self.shadow.models:
-            if not cloning.has_weights(clone):
-                self._complete(clone, inputs, batch)
-        self.shadow.start(self.raw_model, inputs, self.name)
-        self._refuse_quantization()
-        if inputs is not None:
-            keras_internals.record_inputs(self, inputs)
-        self.built = True
-
-    def _complete(self, clone, inputs, batch):
-        with backend.strategy_scope(self), backend.device(self.shadow.device):
-            if self.clone_function is None:
-                shared = self.shadow.share_frozen
-                shared = keras_internals.frozen_weights(self.raw_model) if shared else ()
-                cloning.complete_clone(self.raw_model, clone, shared)
-            else:
-                with backend.unchanged_generators():
-                    cloning.build_on(clone, inputs, batch)
-
-    def _start_on_batch(self, data):
-        if not self.shadow.started:
-            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            batch = x if backend.runs_eagerly() else None
-            backend.once(lambda: self._start_on(backend.symbolic(x), batch))
-
-    def _build_by_step(self, data):
-        has_call = keras_internals.has_call(self.raw_model)
-        if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
-            backend.build_by_step(self.raw_model, data)
-            # Parts that the step does not use are not built yet.
-            backend.once(lambda: self._start(None))
-
-    def _may_build_before_tracing(self):
-        started = self.shadow.started and not self.run_eagerly
-        return started and keras_internals.trains_as_keras_does(self.raw_model)
-
-    def _build_on_batch(self, data):
-        self._build_by_step(data)
-        self._start_on_batch(data)
-        self._router.build_metrics(data)
-        self._build_optimizer()
-
-    def _scored(self):
-        return [self.raw_model]
-
-    def _build_optimizer(self):
-        if self.optimizer is not None and not self.optimizer.built:
-            with backend.strategy_scope(self):
-                self.optimizer.build(self.raw_model.trainable_variables)
-            # A MultiOptimizer may have chosen its optimizers only now.
-            check_optimizers(self.optimizer)
-
     @property
     def trainable(self):
         """Whether the raw model is trained; the average never is."""
@@ -572,39 +414,6 @@ class PolyakModel(backend.Trainer, RoutedModel, KerasProtocols, RawAttributes):
 
     def compute_mask(self, inputs, previous_mask):
         return self.raw_model.compute_mask(inputs, previous_mask)
-
-    def _train_batch(self, data):
-        self._build_by_step(data)
-        self._start_on_batch(data)
-        check_counts_steps(self.raw_model)
-        self.shadow.check_frozen()
-        before = backend.optimizer_step(self.raw_model)
-        # A MultiOptimizer may have chosen its optimizers only now.
-        check_optimizers(self.raw_model.optimizer)
-        logs = self._train_raw(data)
-        stepped = backend.optimizer_step(self.raw_model) > before
-        self.shadow.first.pairing.check_raw()
-        self.shadow.update(stepped, may_skip=backend.may_skip_steps(self.raw_model))
-        return logs
-
-    def _moved_pairs(self):
-        return [pairing.averaged for pairing in self.shadow.pairings if pairing is not None]
-
-    def _train_raw(self, data):
-        def step(data):
-            return backend.call_step(self.raw_model, "train_step", data)
-
-        # With a device of its own for the average, only the raw step can be compiled by XLA.
-        separate = self.shadow.device is not None and self.raw_model.jit_compile
-        if separate and not backend.runs_eagerly():
-            step = backend.compiled(step)
-        return step(data)
-
-    def make_train_function(self, force=False):
-        backend.sync(self)
-        self.shadow.catch_up()
-        self.shadow.detector.stop()
-        return super().make_train_function(force)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
