@@ -16,7 +16,10 @@ MODULES = [
     "polyak_model.checkpoints",
     "polyak_model.snapshots",
     "polyak_model.soups",
-    "polyak_model.inference.routed_model",  # fit, evaluate and predict of a PolyakModel.
+    # Methods of a PolyakModel: fit, evaluate and predict; build; compile.
+    "polyak_model.inference.routed_model",
+    "polyak_model.wrapper.building",
+    "polyak_model.wrapper.training",
 ]
 
 

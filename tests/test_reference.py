@@ -60,6 +60,8 @@ def test_it_is_built_without_a_warning_and_has_every_public_name(tmp_path):
         assert f'id="{name}"' in pages["polyak_model.html"]
     for name in ("fit", "evaluate", "predict"):
         assert f'id="RoutedModel.{name}"' in pages["routed_model.html"]
+    assert 'id="Training.compile"' in pages["training.html"]
+    assert 'id="Building.build"' in pages["building.html"]
     for module, names in FUNCTIONS.items():
         for name in names:
             assert f'id="{name}"' in pages[f"{module.rpartition('.')[2]}.html"]
