@@ -1,5 +1,6 @@
 """A file contains what averages share once, and is loaded with and without sharing."""
 
+import functools
 import json
 import os
 import zipfile
@@ -54,6 +55,12 @@ def trained(change=keep, share_frozen=True, **options):
     return model
 
 
+@functools.cache
+def trained_once(change):
+    """Returns a wrapper for tests that only read it; training takes longer than most of them."""
+    return trained(change)
+
+
 def predictions(model):
     return [model.predict(X, using=route, verbose=0) for route in (*model.rules, "raw")]
 
@@ -86,7 +93,7 @@ def count_stored(path, shape):
 @pytest.mark.parametrize("change", [keep, enable_lora])
 @pytest.mark.parametrize("name", ["a.keras", "a.weights.h5"])
 def test_a_file_contains_what_is_shared_once(change, name, tmp_path):
-    model = trained(change)
+    model = trained_once(change)
     (model.save if name == "a.keras" else model.save_weights)(tmp_path / name)
     assert count_stored(tmp_path / name, (6, 8)) == 1
     assert count_stored(tmp_path / name, (8, 5)) == (1 if change is enable_lora else 3)
@@ -164,7 +171,7 @@ def test_a_file_with_other_values_is_refused_by_name(tmp_path):
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
 @pytest.mark.parametrize(("change", "other"), [(enable_lora, keep), (quantize_with_lora, quantize)])
 def test_factors_of_lora_are_merged_where_a_model_has_none(change, other, tmp_path):
-    model = trained(change)
+    model = trained_once(change)
     model.save_weights(tmp_path / "a.weights.h5")
     loaded = wrap(other, share_frozen=False)
     loaded.load_weights(tmp_path / "a.weights.h5")
@@ -182,7 +189,7 @@ def test_factors_of_lora_are_merged_where_a_model_has_none(change, other, tmp_pa
 
 @pytest.mark.tensorflow
 def test_averages_can_be_added_to_and_left_out_of_a_file(tmp_path):
-    model = trained(enable_lora)
+    model = trained_once(enable_lora)
     model.save_weights(tmp_path / "a.weights.h5")
     other = wrap(enable_lora, average={"long": 0.9, "new": 0.5})
     other.load_weights(tmp_path / "a.weights.h5")
@@ -217,7 +224,7 @@ def test_a_larger_model_saves_and_loads_a_part_that_shares(tmp_path):
 
 @changes
 def test_an_average_is_saved_as_a_complete_plain_model(change, tmp_path):
-    model = trained(change)
+    model = trained_once(change)
     model.save(tmp_path / "all.keras")  # What is left out there is not left out afterwards.
     model.average_models["long"].save(tmp_path / "long.keras")
     with zipfile.ZipFile(tmp_path / "long.keras") as archive:
@@ -251,7 +258,7 @@ def test_a_save_that_fails_leaves_the_model_as_it_was(tmp_path):
 @pytest.mark.parametrize("change", [keep, enable_lora, quantize])
 @pytest.mark.parametrize("name", ["a.keras", "a.weights.h5"])
 def test_what_is_extracted_is_what_the_model_itself_saves(change, name, tmp_path):
-    model = trained(change)
+    model = trained_once(change)
     (model.save if name == "a.keras" else model.save_weights)(tmp_path / name)
     for contents, saved in {**model.average_models, "raw": model.raw_model}.items():
         extracted = tmp_path / f"{contents}-{name}"
@@ -272,7 +279,7 @@ def test_what_is_extracted_is_what_the_model_itself_saves(change, name, tmp_path
 
 @pytest.mark.tensorflow
 def test_a_quantized_kernel_with_lora_is_not_extracted(tmp_path):
-    trained(quantize_with_lora).save(tmp_path / "a.keras")
+    trained_once(quantize_with_lora).save(tmp_path / "a.keras")
     with pytest.raises(InputError, match="under LoRA is quantized. Load the file with Keras"):
         extract_file(tmp_path / "a.keras", "long", tmp_path / "b.keras")
     assert not os.path.exists(tmp_path / "b.keras")
@@ -282,7 +289,7 @@ def test_a_quantized_kernel_with_lora_is_not_extracted(tmp_path):
 @pytest.mark.parametrize("removed", ["lora_kernel_a", "lora_kernel_b", "0"])
 def test_a_file_that_lacks_a_part_of_lora_is_refused(removed, tmp_path):
     path = tmp_path / "a.weights.h5"
-    trained(enable_lora).save_weights(path)
+    trained_once(enable_lora).save_weights(path)
     with h5py.File(path, "r+") as file:
         del file["raw_model/layers/dense/vars"][removed]
     with pytest.raises(InputError, match="'layers/dense/vars' lacks a part of its LoRA"):
