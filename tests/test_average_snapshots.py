@@ -29,6 +29,19 @@ def make_model(rule=None, layers=None, **options):
     return PolyakModel(inner, average=rule or width(0.05), **options)
 
 
+@pytest.fixture(scope="module")
+def traced():
+    """A model for tests that look at the steps of snapshots alone: tracing takes longer."""
+    return make_model()
+
+
+@pytest.fixture
+def fresh(traced):
+    """The same model, of which no step has been averaged."""
+    traced.reset_average()
+    return traced
+
+
 def fit(model, folder, epochs=1, count=4, callbacks=(), batch_size=1, **options):
     snapshots = AverageSnapshots(folder, **{"count": count, **options})
     settings = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
@@ -69,29 +82,29 @@ def test_a_snapshot_is_the_average_at_its_step(tmp_path):
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(1, range(8, 41, 8)), (2, range(16, 81, 16))])
-def test_the_spacing_doubles_with_the_length_of_the_training(tmp_path, epochs, expected):
-    fit(make_model(), tmp_path / "a", epochs)
+def test_the_spacing_doubles_with_the_length_of_the_training(tmp_path, fresh, epochs, expected):
+    fit(fresh, tmp_path / "a", epochs)
     assert list_steps(tmp_path / "a") == list(expected)
 
 
 @pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 7, 8, 9, 17])
-def test_a_training_of_any_length_has_as_many_snapshots_and_one_at_its_end(tmp_path, last):
+def test_a_training_of_any_length_has_as_many_snapshots_and_one_at_its_end(tmp_path, fresh, last):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             self.model.stop_training = batch + 1 == last
 
-    fit(make_model(), tmp_path / "a", count=2, callbacks=[Stop()])
+    fit(fresh, tmp_path / "a", count=2, callbacks=[Stop()])
     steps = list_steps(tmp_path / "a")
     assert steps[-1] == last
     assert min(last, 2) <= len(steps) <= 4
 
 
-def test_the_training_may_end_early_before_any_lasting_snapshot(tmp_path):
+def test_the_training_may_end_early_before_any_lasting_snapshot(tmp_path, fresh):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             self.model.stop_training = batch == 9
 
-    fit(make_model(), tmp_path / "a", epochs=100, callbacks=[Stop()])
+    fit(fresh, tmp_path / "a", epochs=100, callbacks=[Stop()])
     assert list_steps(tmp_path / "a") == [2, 4, 6, 8, 10]
 
 
@@ -134,8 +147,8 @@ def test_averages_by_name_are_snapshotted_each_under_its_rule(tmp_path, added):
         np.testing.assert_allclose(kernel, average.weights[0].numpy(), rtol=1e-6)
 
 
-def test_every_step_given_is_kept(tmp_path):
-    fit(make_model(), tmp_path / "a", every=7)
+def test_every_step_given_is_kept(tmp_path, fresh):
+    fit(fresh, tmp_path / "a", every=7)
     assert list_steps(tmp_path / "a") == [7, 14, 21, 28, 35, 40]
 
 
@@ -319,26 +332,23 @@ def make_with_lora(quantize=False):
 
 
 @pytest.mark.parametrize("share_frozen", [False, True])
-@pytest.mark.parametrize("with_like", [False, True])
-def test_factors_of_lora_are_rebuilt_and_merged(share_frozen, with_like, tmp_path):
+def test_factors_of_lora_are_rebuilt_and_merged(share_frozen, tmp_path):
     inner = make_with_lora()
     frozen = inner.layers[0].get_weights()[0]
     model = PolyakModel(inner, PowerAverage.pair(), share_frozen=share_frozen)
     fit(model, tmp_path / "a", every=5)
+    like, archive = tmp_path / "like.keras", tmp_path / "rebuilt.keras"
+    model.average_model.save(like)
     plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
-    like, output = None, tmp_path / "rebuilt.weights.h5"
-    if with_like:
-        like, output = tmp_path / "like.keras", tmp_path / "rebuilt.keras"
-        model.average_model.save(like)
     for name, rule in model.rules.items():
-        rebuild(tmp_path / "a", rule, output, like=like)
-        if with_like:
-            plain = keras.models.load_model(output, compile=False)
-        else:
-            plain.load_weights(output)
+        rebuild(tmp_path / "a", rule, archive, like=like)
+        rebuild(tmp_path / "a", rule, tmp_path / "rebuilt.weights.h5")
+        plain.load_weights(tmp_path / "rebuilt.weights.h5")
         expected = model.predict(X, using=name, verbose=0)
-        np.testing.assert_allclose(plain.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-6)
-    assert np.abs(plain.layers[0].get_weights()[0] - frozen).max() > 1e-3
+        for each in (plain, keras.models.load_model(archive, compile=False)):
+            received = each.predict(X, verbose=0)
+            np.testing.assert_allclose(received, expected, rtol=1e-5, atol=1e-6)
+            assert np.abs(each.layers[0].get_weights()[0] - frozen).max() > 1e-3
 
 
 def test_lora_on_a_quantized_kernel_is_refused_before_the_first_step(tmp_path):
@@ -403,7 +413,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_the_first_step(tmp_
     assert model.average_step == 0
 
 
-def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
+def test_training_goes_on_while_a_snapshot_is_written(tmp_path, fresh, monkeypatch):
     go_on = holding(monkeypatch)
 
     class GoOn(keras.callbacks.Callback):
@@ -412,12 +422,12 @@ def test_training_goes_on_while_a_snapshot_is_written(tmp_path, monkeypatch):
                 assert not list_steps(tmp_path / "a")
                 go_on.set()
 
-    fit(make_model(), tmp_path / "a", callbacks=[GoOn()])
+    fit(fresh, tmp_path / "a", callbacks=[GoOn()])
     assert list_steps(tmp_path / "a") == list(range(8, 41, 8))
 
 
-def test_a_saved_model_is_not_ahead_of_its_snapshots(tmp_path, monkeypatch):
-    go_on, model, seen = holding(monkeypatch), make_model(), []
+def test_a_saved_model_is_not_ahead_of_its_snapshots(tmp_path, fresh, monkeypatch):
+    go_on, seen = holding(monkeypatch), []
 
     class Save(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -426,7 +436,7 @@ def test_a_saved_model_is_not_ahead_of_its_snapshots(tmp_path, monkeypatch):
                 self.model.save_weights(tmp_path / "backup.weights.h5")
                 seen.extend(list_steps(tmp_path / "a"))
 
-    fit(model, tmp_path / "a", callbacks=[Save()])
+    fit(fresh, tmp_path / "a", callbacks=[Save()])
     assert seen == [8]
 
 
