@@ -290,7 +290,7 @@ def test_it_costs_less_than_one_percent_of_training():
             self.spent += time.process_time() - begin
 
     monitor = Timed()
-    model.fit(x, x, batch_size=8, verbose=0)
+    model.fit(x[:8], x[:8], batch_size=8, verbose=0)  # Traces the step.
     begin = time.process_time()
     model.fit(x, x, batch_size=8, epochs=3, verbose=0, callbacks=[monitor])
     share = monitor.spent / (time.process_time() - begin)

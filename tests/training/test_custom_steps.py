@@ -1,6 +1,7 @@
 """The laws for models with training steps of their own."""
 
 import concurrent.futures
+import functools
 
 import closed_forms
 import keras
@@ -215,6 +216,12 @@ def train_in_pieces(make, prepare, wrap):
     return model, recorder.iterates
 
 
+@functools.cache
+def iterates_of_bare_in_pieces(make, preparation):
+    _, iterates = train_in_pieces(make, PREPARATIONS[preparation], wrap=False)
+    return iterates
+
+
 PREPARATIONS = {
     "nothing": lambda model: None,
     "built by hand": lambda model: model.build((None, 3)),
@@ -236,7 +243,7 @@ PREPARATIONS = {
 )
 def test_a_model_made_in_pieces_trains_as_bare_and_is_averaged(make, preparation, in_thread):
     prepare = PREPARATIONS[preparation]
-    _, expected = train_in_pieces(make, prepare, wrap=False)
+    expected = iterates_of_bare_in_pieces(make, preparation)
     if in_thread:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             model, iterates = thread.submit(train_in_pieces, make, prepare, wrap=True).result()
