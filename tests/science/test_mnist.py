@@ -140,14 +140,23 @@ def test_constant_or_cosine_scores_each_method_when_a_budget_is_spent():
 
 
 def test_constant_or_cosine_shows_held_out_scores_at_the_rate_that_validation_chose(
-    capsys, tmp_path
+    monkeypatch, capsys, tmp_path
 ):
     import constant_or_cosine as script
 
     plot, numbers = tmp_path / "plot.png", tmp_path / "numbers.json"
     rates = ["0.1", "0.4"]
     sizes = ["--seeds", "2", "--rates", *rates, "--budgets", "1", "--images", "100"]
+    generator, measured_ones = np.random.default_rng(0), []
+
+    # Another test trains; here scores are drawn, in turns accuracy in per cent and likelihood.
+    def draw_scores(*settings):
+        measured_ones.append(settings)
+        return generator.uniform(size=(4, 1, 2, 2)) * [100, 1]
+
+    monkeypatch.setattr(script, "measure", draw_scores)
     script.main([*sizes, "--plot", str(plot), "--json", str(numbers)])
+    assert measured_ones == [(r, s, [1], 0.0, 100) for r in (0.1, 0.4) for s in (0, 1)]
     scores = np.array(json.loads(numbers.read_text())["scores"])
     assert scores.shape == (2, 2, 4, 1, 2, 2)
     assert imread(plot).std() > 0
