@@ -55,6 +55,7 @@ OF_ALL_BACKENDS = {
     "test_jax_guide.py",
     "test_jax_memory.py",
     "test_jax_packing.py",
+    "test_jax_update.py",
     "test_joint_model.py",
     "test_keras_callbacks.py",
     "test_kinds_of_model.py",
