@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import tree
 from keras_files import contents_of
-from models import Recorder
+from models import Recorder, create_state
 
 from polyak_model import ExponentialAverage, PolyakModel
 from polyak_model.saving.staging import stage
@@ -50,6 +50,9 @@ class Trained:
         self.raw = kind.make()
         self.model = PolyakModel(self.raw, RULE, **kind.arguments) if wrap else self.raw
         kind.prepare(self.raw)
+        if not wrap and kind.y is not None:
+            data = (kind.x, kind.y)
+            create_state(self.raw, tree.map_structure(lambda array: array[: kind.batch_size], data))
         self.recorder = Recorder(self.raw)
         self.logs = []
         page = keras.callbacks.LambdaCallback(

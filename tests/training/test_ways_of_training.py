@@ -10,9 +10,11 @@ import pytest
 from frameworks import BACKEND
 from models import (
     CROSSENTROPY,
+    EXAMPLES,
     assert_identical,
     assert_trains_as_bare,
     compile_classifier,
+    create_state,
     make_classifier,
     make_compiled,
 )
@@ -167,7 +169,7 @@ def test_named_inputs_and_outputs_train_as_they_do_bare(batches):
             callbacks=[recorder],
         )
 
-    model = assert_trains_as_bare(fit, make_two_headed)
+    model = assert_trains_as_bare(fit, make_two_headed, data=(inputs, targets))
     answers = model.predict(inputs, verbose=0, using="average")
     expected = model.average_model.predict(inputs, verbose=0)
     for name in ("label", "size"):
@@ -291,6 +293,8 @@ def test_the_average_goes_on_after_a_change_between_two_fits(change, batches):
     def fit(model, recorder):
         fit_in_order(model, batches, recorder)
         CHANGES[change](model)
+        if not isinstance(model, PolyakModel):
+            create_state(model, EXAMPLES)
         fit_in_order(model, batches, recorder, epochs=2)
 
     make = make_frozen if change == "unfrozen" else make_compiled
