@@ -1,5 +1,6 @@
 """One kind of model, and what must hold whenever such a model is wrapped."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -164,9 +165,9 @@ def check_evaluation(model, kind):
 
     model.report = ("average", "raw", "ensemble")
     logs = evaluate(model)
-    raw = evaluate(model.raw_model)
+    with eagerly(model.raw_model, model.average_model):
+        raw, alone = evaluate(model.raw_model), evaluate(model.average_model)
     assert {name: logs[f"raw_{name}"] for name in raw} == pytest.approx(raw, rel=1e-6)
-    alone = evaluate(model.average_model)
     alone["loss"] += penalty_of_average(model)
     assert {name: logs[name] for name in alone} == pytest.approx(alone, rel=1e-6)
     assert logs["loss"] != logs["raw_loss"]
@@ -186,13 +187,34 @@ def check_predictions(model, kind):
         reset_states(model)
         return each.predict(kind.x, batch_size=kind.batch_size, verbose=0, **using)
 
-    raw, average = predict(model, using="raw"), predict(model, using="average")
-    assert_identical(predict(model.raw_model), raw)
-    assert_identical(predict(model.average_model), average)
+    ensemble = predict(model, using="ensemble")
+    with eagerly(model.raw_model, model.average_model):
+        raw, average = predict(model, using="raw"), predict(model, using="average")
+        assert_identical(predict(model.raw_model), raw)
+        assert_identical(predict(model.average_model), average)
     mean = tree.map_structure(lambda one, other: (one + other) / 2, raw, average)
     # TensorFlow fuses the two passes, and the mean, otherwise than each pass alone.
-    assert_close(mean, predict(model, using="ensemble"))
+    assert_close(mean, ensemble)
     assert not all(map(np.array_equal, tree.flatten(raw), tree.flatten(average)))
+
+
+@contextlib.contextmanager
+def eagerly(*models):
+    """Lets models evaluate and predict without tracing, which takes longer than a few batches do.
+
+    What was traced of the wrapper before is what these answers are compared with.
+
+    Args:
+        *models: Models that did neither before.
+    """
+    before = [model.run_eagerly for model in models]
+    for model in models:
+        model.run_eagerly = True
+    yield
+    for model, run_eagerly in zip(models, before, strict=True):
+        model.run_eagerly = run_eagerly
+        model.make_test_function(force=True)
+        model.make_predict_function(force=True)
 
 
 def check_saving(model, kind, tmp_path):
