@@ -205,6 +205,15 @@ def make_averaged():
     return model
 
 
+@pytest.fixture(scope="module")
+def averaged():
+    """Such a wrapper and a bare model to compare with.
+
+    No test changes the wrapper, and kinds of data that look alike are traced once.
+    """
+    return make_averaged(), make_compiled(weighted_metrics=["accuracy"])
+
+
 def for_evaluate(arguments):
     """Turns arguments of `fit` into those of `evaluate`."""
     steps = arguments.pop("steps_per_epoch", None)
@@ -219,9 +228,10 @@ def for_predict(arguments):
 
 
 @KINDS
-def test_every_kind_of_data_is_evaluated_and_predicted_through_every_route(data, weighted):
-    model = make_averaged()
-    alone = make_compiled(weighted_metrics=["accuracy"])
+def test_every_kind_of_data_is_evaluated_and_predicted_through_every_route(
+    data, averaged, weighted
+):
+    model, alone = averaged
     predictions = {}
     for route, member in (("raw", model.raw_model), ("average", model.average_model)):
         alone.set_weights(member.get_weights())
@@ -239,8 +249,8 @@ def test_every_kind_of_data_is_evaluated_and_predicted_through_every_route(data,
     np.testing.assert_allclose(received, expected, rtol=1e-6)
 
 
-def test_the_ensemble_scores_alike_on_every_kind_of_data(weighted):
-    model = make_averaged()
+def test_the_ensemble_scores_alike_on_every_kind_of_data(averaged, weighted):
+    model, _ = averaged
     expected = model.evaluate(**for_evaluate(as_arrays(weighted)), using="ensemble")
     kinds = DATA.keys() - {"arrays", "repeated-tf.data"}  # The latter shows fewer batches.
     for kind in kinds if BACKEND == "tensorflow" else kinds - {"tf.data"}:
