@@ -3,8 +3,11 @@
 import functools
 
 import keras
+import pytest
 
 BACKEND = keras.backend.backend()
+# How people train.
+MAIN_MODE = {"tensorflow": "graph", "jax": "xla", "torch": "eager"}[BACKEND]
 # What XLA does unless it is told otherwise, as it is by tests/conftest.py.
 SHIPPED = {"xla_backend_optimization_level": 3}
 
@@ -18,6 +21,24 @@ def compile_as_shipped(monkeypatch):
     jit = functools.partial(jax.jit, compiler_options=SHIPPED)
     for module in (jax, trainer):
         monkeypatch.setattr(module, "jit", jit)
+
+
+def in_modes(argument, values, elsewhere):
+    """Parametrizes a test by values as people train, and by some of them in the other modes.
+
+    Args:
+        argument: Name of the argument of the test.
+        values: Dict from names to values of it.
+        elsewhere: Names of the values that are tested in every mode.
+    """
+    cases = [(name, MAIN_MODE) for name in values]
+    others = [mode for mode in ("eager", "graph", "xla") if mode != MAIN_MODE]
+    cases += [(name, mode) for name in elsewhere for mode in others]
+    return pytest.mark.parametrize(
+        (argument, "mode"),
+        [pytest.param(values[name], mode, id=f"{name}-{mode}") for name, mode in cases],
+        indirect=["mode"],
+    )
 
 
 def compiled(function, variables, run_eagerly=False, jit_compile=False):

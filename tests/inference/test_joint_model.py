@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from frameworks import BACKEND, call_at_each_run
+from frameworks import BACKEND, call_at_each_run, in_modes
 from models import CROSSENTROPY, LazyClassifier, compile_classifier, make_classifier, trained
 
 from polyak_model import PolyakModel
@@ -20,14 +20,22 @@ def test_the_default_route_is_reported_first_and_once():
     assert check_report(ROUTES, "ensemble", ["average"]) == ("ensemble", "average", "raw")
 
 
-@pytest.mark.parametrize("inference", ROUTES)
+def average_by_hand(model):
+    """Moves the raw model and its average apart, without a step that takes long to compile."""
+    for seed in (2, 3):
+        model.raw_model.set_weights(make_classifier(seed).get_weights())
+        model.update_average()
+
+
+@in_modes("inference", {route: route for route in ROUTES}, elsewhere=["ensemble"])
 def test_one_pass_reports_what_one_evaluation_of_each_route_does(inference, mode, batches):
     model = PolyakModel(
         compile_classifier(make_classifier(), **mode), 0.5, inference=inference, report=ROUTES
     )
-    model.fit(*batches, batch_size=4, epochs=2, verbose=0)
+    average_by_hand(model)
     logs = model.evaluate(*batches, batch_size=16, verbose=0, return_dict=True)
     assert len(logs) == 6
+    assert len({logs[name] for name in logs if name.endswith("loss")}) == 3
     for route in ROUTES:
         prefix = "" if route == inference else f"{route}_"
         alone = model.evaluate(*batches, batch_size=16, verbose=0, using=route, return_dict=True)
@@ -38,7 +46,7 @@ def test_one_pass_reports_what_one_evaluation_of_each_route_does(inference, mode
 def test_the_raw_route_scores_exactly_as_the_raw_model_does(mode, batches):
     inner = compile_classifier(make_classifier(), **mode)
     model = PolyakModel(inner, 0.5, report=ROUTES)
-    model.fit(*batches, batch_size=4, verbose=0)
+    average_by_hand(model)
     logs = model.evaluate(*batches, batch_size=16, verbose=0, return_dict=True)
     bare = inner.evaluate(*batches, batch_size=16, verbose=0, return_dict=True)
     alone = model.evaluate(*batches, batch_size=16, verbose=0, using="raw", return_dict=True)
