@@ -80,12 +80,13 @@ def is_bit_for_bit(mode):
     return mode.get("run_eagerly") or not (BACKEND == "jax" or mode.get("jit_compile"))
 
 
-def train(place, batches, wrap=True, rule=None, optimizer="adam", **mode):
+def train(place, batches, wrap=True, rule=None, optimizer=None, **mode):
     keras.utils.set_random_seed(3)
     raw = make_part()
     part = PolyakModel(raw, rule or UniformAverage()) if wrap else raw
     whole = place(part)
-    whole.compile(optimizer, CROSSENTROPY, **mode)
+    # It is traced once: to make the variables of another optimizer, TensorFlow traces twice.
+    whole.compile(optimizer or keras.optimizers.SGD(0.1), CROSSENTROPY, **mode)
     recorder = PartRecorder(raw, whole)
     history = whole.fit(*batches, batch_size=8, epochs=2, verbose=0, callbacks=[recorder]).history
     return whole, part, recorder.iterates(), history
@@ -107,12 +108,16 @@ def assert_average(rule, iterates, part, start=None):
 def test_the_larger_model_trains_as_with_the_bare_part_and_the_average_follows(
     place, mode, batches
 ):
-    bare_whole, _, bare_iterates, bare_history = train(place, batches, wrap=False, **mode)
-    whole, part, iterates, history = train(place, batches, **mode)
+    whole, part, iterates, history = train(place, batches, optimizer="adam", **mode)
     assert part.average_step == len(iterates) == 16
-    assert len(whole.trainable_weights) == len(bare_whole.trainable_weights)
+    bare = place(make_part())
+    bare(batches[0])
+    assert len(whole.trainable_weights) == len(bare.trainable_weights)
     assert_average(UniformAverage(), iterates, part)
     if is_bit_for_bit(mode):
+        _, _, bare_iterates, bare_history = train(
+            place, batches, wrap=False, optimizer="adam", **mode
+        )
         assert history == bare_history
         for one, other in zip(bare_iterates[-1], iterates[-1], strict=True):
             np.testing.assert_array_equal(one, other)
@@ -130,7 +135,7 @@ def test_the_larger_model_trains_as_with_the_bare_part_and_the_average_follows(
 def test_the_average_follows_by_every_rule_also_from_weights_set_after_wrapping(rule, batches):
     part = PolyakModel(make_part(), rule)
     whole = once(part)
-    whole.compile("adam", CROSSENTROPY)
+    whole.compile(keras.optimizers.SGD(0.1), CROSSENTROPY)
     whole.evaluate(*batches, verbose=0)
     start = [0.5 * w for w in part.raw_model.get_weights()]
     part.raw_model.set_weights(start)
@@ -211,7 +216,7 @@ def test_the_average_adds_no_losses_to_the_larger_model(batches):
 def test_a_part_that_is_frozen_takes_no_steps(batches):
     whole, part, iterates, _ = train(once, batches)
     part.trainable = False
-    whole.compile("adam", CROSSENTROPY)
+    whole.compile("sgd", CROSSENTROPY)
     whole.fit(*batches, batch_size=8, verbose=0)
     assert part.average_step == 16
     assert_average(UniformAverage(), iterates, part)
