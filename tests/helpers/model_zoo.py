@@ -9,7 +9,8 @@ from keras.src.applications import mobilenet_v3
 from keras.src.applications.convnext import ConvNeXt
 from keras.src.applications.efficientnet import DEFAULT_BLOCKS_ARGS, EfficientNet
 from kinds import Kind
-from models import CROSSENTROPY, LazyClassifier, compile_classifier
+from models import CROSSENTROPY, LazyClassifier, with_momentum
+from models import compile_classifier as compile_with
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=(32, 6)).astype("float32")
@@ -17,6 +18,11 @@ LABELS = GENERATOR.integers(0, 3, size=32)
 VALUES = GENERATOR.normal(size=(32, 1)).astype("float32")
 TOKENS = GENERATOR.integers(1, 10, size=(32, 5))
 SEQUENCES = GENERATOR.normal(size=(32, 5, 3)).astype("float32")
+
+
+def compile_classifier(model):
+    """Compiles with momentum; some models are compiled with Adam instead."""
+    return compile_with(model, with_momentum())
 
 
 def make_dictionaries():
@@ -149,7 +155,7 @@ def make_stateful():
 
 def make_token_classifier():
     """Makes a classifier of tokens, whose gradient is sparse; padding is masked."""
-    return compile_classifier(
+    return compile_with(
         keras.Sequential(
             [
                 keras.Input((5,), dtype="int32"),
@@ -157,7 +163,8 @@ def make_token_classifier():
                 layers.GRU(4),
                 layers.Dense(3, activation="softmax"),
             ]
-        )
+        ),
+        "adam",  # It takes sparse gradients otherwise than SGD does.
     )
 
 
@@ -233,7 +240,7 @@ def make_application(name):
         model = EfficientNet(1.0, 1.0, 32, blocks_args=blocks, name="efficientnet", **arguments)
     else:
         model = ConvNeXt(depths=[1, 1, 2, 1], projection_dims=[8, 16, 32, 64], **arguments)
-    return compile_classifier(model, "sgd", run_eagerly=name != "MobileNetV3")
+    return compile_with(model, "sgd", run_eagerly=name != "MobileNetV3")
 
 
 KINDS = {

@@ -17,6 +17,7 @@ from models import (
     create_state,
     make_classifier,
     make_compiled,
+    with_momentum,
 )
 
 from polyak_model import PolyakModel, PowerAverage, UniformAverage
@@ -276,8 +277,8 @@ def test_a_second_fit_goes_on_where_the_first_ended(batches):
 
 
 CHANGES = {
-    "the-same-again": lambda model: compile_classifier(model),
-    "another-optimizer": lambda model: compile_classifier(model, keras.optimizers.SGD(0.3)),
+    "the-same-again": lambda model: compile_classifier(model, with_momentum()),
+    "another-optimizer": lambda model: compile_classifier(model, "adam"),
     "another-loss": lambda model: model.compile(
         "sgd", keras.losses.SparseCategoricalCrossentropy(ignore_class=1)
     ),
@@ -289,13 +290,13 @@ CHANGES = {
 
 def unfreeze(model):
     getattr(model, "raw_model", model).layers[0].trainable = True
-    compile_classifier(model)
+    compile_classifier(model, with_momentum())
 
 
 def make_frozen():
     model = make_classifier()
     model.layers[0].trainable = False
-    return compile_classifier(model)
+    return compile_classifier(model, with_momentum())
 
 
 @pytest.mark.parametrize("change", CHANGES)
