@@ -116,8 +116,7 @@ def test_large_weights_are_not_packed_nor_few(batches):
     x = np.ones((16, 1), "float32")
     watcher = Watcher(model)
     model.fit(x, np.ones((16, 500)), callbacks=[watcher], verbose=0)
-    state = model.non_trainable_variables
-    (pack,) = packing._find_packs(state, model._moved_pairs())
+    (pack,) = model.train_function._packs
     assert watcher.packed == [1]
     assert len(pack.positions) == 68  # All but the last two of 70 weights.
     assert not any(fit(PolyakModel(make_compiled()), batches).packed)
@@ -175,15 +174,13 @@ def test_several_steps_per_execution_pass_packs_on(batches, monkeypatch):
 
 def test_single_batches_are_trained_without_packing(batches, monkeypatch):
     monkeypatch.setattr(packing, "FEW", 2)
-    calls = []
-    monkeypatch.setattr(packing, "_join", lambda *args: calls.append(args))
-    model = PolyakModel(make_compiled())
+    model, found = PolyakModel(make_compiled()), []
+    monkeypatch.setattr(packing.PackingTrainFunction, "_find", lambda *_: found.append(True))
     model.train_on_batch(*batches)
     assert model.average_step == 1
-    assert not calls
-    with pytest.raises(TypeError):
-        fit(model, batches)
-    assert calls
+    assert not found
+    fit(model, batches)
+    assert found
 
 
 def test_averages_are_kept_if_the_first_step_fails(batches, monkeypatch):

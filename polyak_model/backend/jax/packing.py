@@ -8,19 +8,18 @@ when it writes the state back to the variables: only then are averages taken apa
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polyak_model.backend.jax.open_packs import OpenPack, opened
 
 # The most entries of a small weight: on larger ones, the arithmetic takes most of the time.
 SMALL = 1 << 14
-# The fewest weights that are packed. Each saves a few microseconds per step, and to pack and unpack
-# them is compiled for each shape, when training begins and when the variables are first read.
+# The fewest weights that are packed: each saves a few microseconds per step.
 FEW = 32
 
 _enabled: contextvars.ContextVar[bool] = contextvars.ContextVar("enabled", default=True)
@@ -33,23 +32,37 @@ class Pack:
     positions: tuple
     shapes: tuple
 
+    def join(self, parts, numpy=jnp):
+        return numpy.concatenate([numpy.ravel(part) for part in parts])
+
+    def split(self, array, numpy=jnp):
+        ends = [*itertools.accumulate(map(math.prod, self.shapes))]
+        parts = numpy.split(array, ends[:-1])
+        return [numpy.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PackOnHost:
+    """The same between steps, by NumPy: XLA would take tens of milliseconds to compile a part."""
+
+    pack: Pack
+
     def join(self, parts):
-        return jnp.concatenate([jnp.ravel(part) for part in parts])
+        return _put(self.pack.join(parts, np), parts[0])
 
     def split(self, array):
-        begins = itertools.accumulate(map(math.prod, self.shapes[:-1]), initial=0)
-        return [_part(array, *part) for part in zip(begins, self.shapes, strict=True)]
+        return _put(self.pack.split(np.asarray(array), np), array)
 
 
-# A function that returns hundreds of slices takes XLA seconds to compile.
-@functools.partial(jax.jit, static_argnums=2)
-def _part(array, begin, shape):
-    return jnp.reshape(jax.lax.dynamic_slice(array, [begin], [math.prod(shape)]), shape)
+def _put(values, beside):
+    """Copies arrays of NumPy to the device on which an array of JAX is."""
+    (device,) = beside.devices()
+    with jax.default_device(device):
+        return _copy(values)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _join(packs, values):
-    return [pack.join([values[n] for n in pack.positions]) for pack in packs]
+# For hundreds of arrays, it takes a fourth of the time of `jax.device_put`.
+_copy = jax.jit(lambda values: values)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -67,28 +80,33 @@ class Packed:
         self.arrays = arrays
         self.rest = rest
 
-    def tree_flatten(self):
-        return (self.arrays, self.rest), self.packs
-
     @classmethod
-    def tree_unflatten(cls, packs, children):
-        return cls(packs, *children)
+    def join(cls, packs, values, joiners):
+        """Packs a list of values, each pack by the `join` of one of `joiners`."""
+        arrays = [
+            joiner.join([values[n] for n in pack.positions])
+            for pack, joiner in zip(packs, joiners, strict=True)
+        ]
+        packed = {n for pack in packs for n in pack.positions}
+        return cls(packs, arrays, [v for n, v in enumerate(values) if n not in packed])
 
-    def __iter__(self):
-        return iter(self.unpack(self.packs))
-
-    def unpack(self, splitters):
-        """Returns the list of all values, with `splitters` in place of the packs."""
+    def split(self, splitters):
+        """Returns the list of all values, each pack split by one of `splitters`."""
         values = {}
         for pack, splitter, array in zip(self.packs, splitters, self.arrays, strict=True):
             values.update(zip(pack.positions, splitter.split(array), strict=True))
         rest, length = iter(self.rest), len(values) + len(self.rest)
         return [values[n] if n in values else next(rest) for n in range(length)]
 
+    def __iter__(self):
+        return iter(self.split(map(_PackOnHost, self.packs)))
 
-def _rest(packs, values):
-    packed = {n for pack in packs for n in pack.positions}
-    return [value for n, value in enumerate(values) if n not in packed]
+    def tree_flatten(self):
+        return (self.arrays, self.rest), self.packs
+
+    @classmethod
+    def tree_unflatten(cls, packs, children):
+        return cls(packs, *children)
 
 
 def run_packed(step, groups, state):
@@ -105,17 +123,12 @@ def run_packed(step, groups, state):
     trainable, packed, *others = state
     packs = [OpenPack(pack, [groups[1][n] for n in pack.positions]) for pack in packed.packs]
     with opened(packs):
-        logs, (trainable, values, *others) = step((trainable, packed.unpack(packs), *others))
-    arrays = [
-        opener.join([values[n] for n in pack.positions])
-        for opener, pack in zip(packs, packed.packs, strict=True)
-    ]
-    packed = Packed(packed.packs, arrays, _rest(packed.packs, values))
-    return logs, (trainable, packed, *others)
+        logs, (trainable, values, *others) = step((trainable, packed.split(packs), *others))
+    return logs, (trainable, Packed.join(packed.packs, values, packs), *others)
 
 
-def packing(model, train):
-    """Returns a `train_function` of Keras that packs averages before its first step.
+class PackingTrainFunction:
+    """A `train_function` of Keras that packs averages before its first step.
 
     Args:
         model: A `keras.Model` whose `_moved_pairs()` returns lists of the pairs
@@ -123,35 +136,41 @@ def packing(model, train):
         train: The `train_function` that Keras has made.
     """
 
-    def train_function(state, iterator):
+    def __init__(self, model, train):
+        self._model = model
+        self._train = train
+        self._packs = self._packed = ()
+        self._length = None
+
+    def __call__(self, state, iterator):
         trainable, values, *others = state
         if isinstance(values, Packed) or not _enabled.get():
-            return train(state, iterator)
-        packs = _find_packs(model.non_trainable_variables, model._moved_pairs())
-        if not packs:
-            return train(state, iterator)
-        packed = Packed(packs, _join(packs, values), _rest(packs, values))
-        outputs = train((trainable, packed, *others), iterator)
-        for pack in packs:
-            for n in pack.positions:
-                values[n].delete()  # As a step does with what it is given.
+            return self._train(state, iterator)
+        # To list all variables takes about as long as to pack them.
+        if len(values) != self._length or any(v.value is not values[n] for n, v in self._packed):
+            self._length = len(values)
+            self._find(self._model.non_trainable_variables, self._model._moved_pairs())
+        if not self._packs:
+            return self._train(state, iterator)
+        packed = Packed.join(self._packs, values, map(_PackOnHost, self._packs))
+        outputs = self._train((trainable, packed, *others), iterator)
+        for n, _ in self._packed:
+            values[n].delete()  # As a step does with what it is given.
         return outputs
 
-    return train_function
-
-
-def _find_packs(variables, moved):
-    positions = {id(variable): n for n, variable in enumerate(variables)}
-    groups = []
-    for pairs in moved:
-        small = [pair for pair in pairs if _is_small(pair.target) and id(pair.target) in positions]
-        groups.append([pair.target for pair in small])
-        groups.append([pair.residual for pair in small if pair.residual is not None])
-    return tuple(
-        Pack(tuple(positions[id(v)] for v in group), tuple(tuple(v.shape) for v in group))
-        for group in groups
-        if len(group) >= FEW
-    )
+    def _find(self, variables, moved):
+        positions = {id(variable): n for n, variable in enumerate(variables)}
+        groups = []
+        for pairs in moved:
+            small = [p for p in pairs if id(p.target) in positions and _is_small(p.target)]
+            groups.append([pair.target for pair in small])
+            groups.append([pair.residual for pair in small if pair.residual is not None])
+        groups = [group for group in groups if len(group) >= FEW]
+        self._packs = tuple(
+            Pack(tuple(positions[id(v)] for v in group), tuple(tuple(v.shape) for v in group))
+            for group in groups
+        )
+        self._packed = [(positions[id(v)], v) for group in groups for v in group]
 
 
 def _is_small(variable):

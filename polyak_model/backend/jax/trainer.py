@@ -8,7 +8,12 @@ from keras.src.backend import compute_output_spec
 
 from polyak_model.backend.common import may_skip_steps, stepping_optimizers, symbolic
 from polyak_model.backend.jax.exclusive import exclusive_call, interruptible, sync
-from polyak_model.backend.jax.packing import Packed, packing, run_packed, unpacked
+from polyak_model.backend.jax.packing import (
+    Packed,
+    PackingTrainFunction,
+    run_packed,
+    unpacked,
+)
 from polyak_model.backend.jax.state import groups_of, run_stateless, values_of
 from polyak_model.backend.jax.tracing import double_precision
 from polyak_model.backend.keras_internals import BuildHook, CompileHook, loss_tracker
@@ -45,7 +50,7 @@ class TrainingStep:
         with _as_a_new_function(self, "train_step"):
             super().make_train_function(force)
         if self.train_function is not before and self._may_pack():
-            self.train_function = packing(self, self.train_function)
+            self.train_function = PackingTrainFunction(self, self.train_function)
 
     def _may_pack(self):
         # What is spread over devices stays as it is.
