@@ -53,6 +53,7 @@ OF_ALL_BACKENDS = {
     "test_jax.py",
     "test_jax_custom_steps.py",
     "test_jax_guide.py",
+    "test_jax_interrupts.py",
     "test_jax_memory.py",
     "test_jax_packing.py",
     "test_jax_update.py",

@@ -80,8 +80,13 @@ OF_TENSORFLOW = [
     ("model", "_maybe_symbolic_build"),
     ("optimizer", "_distribution_strategy"),
 ]
-# Keras 3.8 has it on no other backend.
-OF_JAX = [("variable", "_layout")]
+OF_JAX = [
+    ("model", "_get_jax_state"),
+    ("model", "_jax_state"),
+    ("model", "_make_function"),
+    ("model", "_purge_model_variables"),
+    ("variable", "_layout"),  # Keras 3.8 has it on no other backend.
+]
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="is used on JAX alone")
 
 

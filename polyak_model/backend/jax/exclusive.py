@@ -15,6 +15,7 @@ import weakref
 import jax
 import keras
 
+from polyak_model.backend.jax.interrupts import results_kept
 from polyak_model.backend.jax.state import in_stateless_scope
 
 
@@ -135,7 +136,8 @@ def _called(gate, route):
     before = {name: vars(route)[name] for name in own if name in vars(route)}
     vars(route).update(own)
     try:
-        yield
+        with results_kept(route):
+            yield
     except BaseException:
         # Keras leaves variables empty, as it does during the call.
         route.jax_state_sync()

@@ -109,6 +109,12 @@ class Packed:
         return cls(packs, *children)
 
 
+def is_destroyed(state):
+    """Returns whether a failed step has destroyed the state, a dict of Keras or None."""
+    values = (state or {}).get("non_trainable_variables")
+    return isinstance(values, Packed) and any(array.is_deleted() for array in values.arrays)
+
+
 def run_packed(step, groups, state):
     """Calls a training step with values of which some are packed, and packs the new ones.
 

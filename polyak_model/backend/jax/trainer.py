@@ -8,9 +8,11 @@ from keras.src.backend import compute_output_spec
 
 from polyak_model.backend.common import may_skip_steps, stepping_optimizers, symbolic
 from polyak_model.backend.jax.exclusive import exclusive_call, interruptible, sync
+from polyak_model.backend.jax.interrupts import results_kept
 from polyak_model.backend.jax.packing import (
     Packed,
     PackingTrainFunction,
+    is_destroyed,
     run_packed,
     unpacked,
 )
@@ -47,7 +49,7 @@ class TrainingStep:
 
     def make_train_function(self, force=False):
         before = self.train_function
-        with _as_a_new_function(self, "train_step"):
+        with _as_a_new_function(self, "train_step"), results_kept(self):
             super().make_train_function(force)
         if self.train_function is not before and self._may_pack():
             self.train_function = PackingTrainFunction(self, self.train_function)
@@ -59,6 +61,11 @@ class TrainingStep:
     def train_on_batch(self, *args, **kwargs):
         with unpacked():
             return super().train_on_batch(*args, **kwargs)
+
+    def jax_state_sync(self):
+        # A step that fails after it was started leaves nothing to unpack; its error is raised.
+        if not is_destroyed(getattr(self, "_jax_state", None)):
+            super().jax_state_sync()
 
     def _purge_model_variables(self, **groups):
         # Emptied, variables would stay so if the first step fails. A step frees what it is given.
