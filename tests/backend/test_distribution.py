@@ -55,3 +55,7 @@ def test_statistics_are_refreshed_in_place(found):
 
 def test_a_model_whose_distribution_was_dropped_is_refused(found):
     assert "keras.distribution.set_distribution" in found["refusal"]
+
+
+def test_a_wrapper_whose_distribution_was_dropped_trains_and_stays_where_it_is(found):
+    assert found["stays spread"]

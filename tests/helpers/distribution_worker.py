@@ -16,6 +16,7 @@ from keras import distribution, layers
 from models import Recorder
 
 from polyak_model import ExponentialAverage, PolyakModel
+from polyak_model.backend.jax import packing
 
 ROUTES = ("average", "raw", "ensemble")
 RULE = ExponentialAverage(0.8)
@@ -123,6 +124,11 @@ def check(folder):
         PolyakModel(raw)
     except ValueError as error:
         found["refusal"] = str(error)
+    packing.FEW = 2
+    # A step that was compiled before knows the distribution.
+    raw.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(X, Y, batch_size=16, verbose=0)
+    found["stays spread"] = all(shardings(model))
     return found
 
 

@@ -155,7 +155,7 @@ class PackingTrainFunction:
         # To list all variables takes about as long as to pack them.
         if len(values) != self._length or any(v.value is not values[n] for n, v in self._packed):
             self._length = len(values)
-            self._find(self._model.non_trainable_variables, self._model._moved_pairs())
+            self._find(self._model.non_trainable_variables, values)
         if not self._packs:
             return self._train(state, iterator)
         packed = Packed.join(self._packs, values, map(_PackOnHost, self._packs))
@@ -164,11 +164,11 @@ class PackingTrainFunction:
             values[n].delete()  # As a step does with what it is given.
         return outputs
 
-    def _find(self, variables, moved):
-        positions = {id(variable): n for n, variable in enumerate(variables)}
+    def _find(self, variables, values):
+        positions = {id(v): n for n, v in enumerate(variables) if _is_small(values[n])}
         groups = []
-        for pairs in moved:
-            small = [p for p in pairs if id(p.target) in positions and _is_small(p.target)]
+        for pairs in self._model._moved_pairs():
+            small = [pair for pair in pairs if id(pair.target) in positions]
             groups.append([pair.target for pair in small])
             groups.append([pair.residual for pair in small if pair.residual is not None])
         groups = [group for group in groups if len(group) >= FEW]
@@ -179,8 +179,9 @@ class PackingTrainFunction:
         self._packed = [(positions[id(v)], v) for group in groups for v in group]
 
 
-def _is_small(variable):
-    return variable.dtype == "float32" and math.prod(variable.shape) <= SMALL
+def _is_small(value):
+    # What is spread over devices stays so, also where the distribution was dropped.
+    return value.dtype == "float32" and value.size <= SMALL and len(value.devices()) == 1
 
 
 @contextlib.contextmanager
