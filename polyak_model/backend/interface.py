@@ -145,7 +145,7 @@ class TrainingStep:
     variables, whatever signature the `train_step` of this backend has. A class
     that does not inherit from it keeps Keras's `train_step`. The subclass also
     implements `_moved_pairs()`, which returns lists of the pairs that a step
-    moves by one weight.
+    moves by one weight; JAX keeps small ones together.
     """
 
 

@@ -1,6 +1,7 @@
 """What is particular to JAX: functions of the state, compiled once for equal functions."""
 
 import concurrent.futures
+import importlib
 import importlib.util
 import threading
 
@@ -25,6 +26,16 @@ pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="is about JAX")
 
 def values(variables):
     return [variable.value for variable in variables]
+
+
+@pytest.mark.parametrize(("package", "version"), [("jax", "0.7.2"), ("keras", "3.11.0")])
+def test_versions_that_cannot_train_are_refused(package, version, monkeypatch):
+    import polyak_model.backend.jax
+
+    monkeypatch.setattr(importlib.import_module(package), "__version__", version)
+    message = f"On JAX polyak_model needs {package} .* or later. Received: {version}"
+    with pytest.raises(ImportError, match=message):
+        importlib.reload(polyak_model.backend.jax)
 
 
 def test_a_device_of_its_own_for_the_average_is_refused():

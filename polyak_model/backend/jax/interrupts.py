@@ -1,4 +1,4 @@
-"""Ctrl-C during a compiled step loses nothing.
+"""Ctrl-C during a compiled step loses nothing, except in the first, which compiles.
 
 A step destroys the state that it is given. Python raises `KeyboardInterrupt` when the
 compiled step returns, before Keras has stored the new state, so that a bare model would

@@ -180,7 +180,7 @@ class PackingTrainFunction:
 
 
 def _is_small(value):
-    # What is spread over devices stays so, also where the distribution was dropped.
+    # What is spread over devices stays so where the distribution was dropped.
     return value.dtype == "float32" and value.size <= SMALL and len(value.devices()) == 1
 
 

@@ -55,7 +55,7 @@ class TrainingStep:
             self.train_function = PackingTrainFunction(self, self.train_function)
 
     def _may_pack(self):
-        # What is spread over devices stays as it is.
+        # Under a distribution Keras compiles a step for one array and sharding per variable.
         return self.jit_compile and not self.run_eagerly and distribution() is None
 
     def train_on_batch(self, *args, **kwargs):

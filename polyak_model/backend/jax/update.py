@@ -63,7 +63,7 @@ def _for_each_element(c, w):
     """Returns the weight `c` in the dtype of `w`, and for few elements in its shape.
 
     With comparisons that are the same for all elements, XLA takes two to three times as long to
-    compile the loop, probably since LLVM makes a copy of it for each of their outcomes, and the
+    compile the loop, probably since LLVM makes a copy of it for each of their outcomes, but the
     loop takes a fifth less time. So small weights, of which there are many, have a `c` for each
     element, which is NaN where `w` is not finite.
     """
