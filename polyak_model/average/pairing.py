@@ -38,7 +38,7 @@ class Pair:
     master: Any = None
     residual: Any = None
 
-    @property
+    @functools.cached_property
     def target(self):
         """The variable that moves: the master copy, or the average itself."""
         return self.average if self.master is None else self.master

@@ -8,11 +8,12 @@ if keras.backend.backend() != "torch":
     pytest.skip("for PyTorch", allow_module_level=True)
 
 import torch
+import torch.utils.weak
 
-LISTS = ("_foreach_add", "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_mul_")
+LISTS = ("_foreach_add", "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_sub")
 FUNCTIONS = [
-    *((torch, name) for name in (*LISTS, "_foreach_sub", "_foreach_sub_")),
-    (torch._utils, "_flatten_dense_tensors"),
+    *((torch, name) for name in (*LISTS, "_foreach_sub_")),
+    (torch.utils.weak, "WeakTensorKeyDictionary"),
     (keras.Variable, "_initialize"),
     (keras.Layer, "_post_build"),
     (keras.Layer, "_track_variables"),

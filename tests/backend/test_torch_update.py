@@ -1,5 +1,7 @@
 """Updates on PyTorch: by lists of tensors, and the formula for iterates that are not finite."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from polyak_model import backend
 if keras.backend.backend() != "torch":
     pytest.skip("for PyTorch", allow_module_level=True)
 
+from polyak_model.backend.torch import groups
 from polyak_model.backend.torch import update as updates
 
 FLOATS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
@@ -76,9 +79,9 @@ def test_the_average_stays_where_the_iterate_is_not_finite(bad, weight):
     assert rest[0] == np.float32(1e-9)
 
 
-@pytest.mark.parametrize("together", [1, 5, updates.TOGETHER])
+@pytest.mark.parametrize("together", [1, 5, groups.TOGETHER])
 def test_an_iterate_that_is_not_finite_does_not_stop_the_other_averages(together, monkeypatch):
-    monkeypatch.setattr(updates, "TOGETHER", together)
+    monkeypatch.setattr(groups, "TOGETHER", together)
     iterates = [[3.0, np.nan if n == 2 else 3.0] for n in range(5)]
     pairs = [Pair(*variables([1.0, 1.0], iterate)) for iterate in iterates]
     backend.update([(pairs, keras.ops.convert_to_tensor(0.25, "float64"))])
@@ -111,8 +114,10 @@ def test_an_average_of_finite_iterates_is_finite_though_their_difference_overflo
 
 def test_several_averages_share_one_check_of_the_iterates(monkeypatch):
     checked = []
-    check = updates._are_moderate
-    monkeypatch.setattr(updates, "_are_moderate", lambda w: checked.append(w) or check(w))
+    check = updates._is_moderate
+    monkeypatch.setattr(
+        updates, "_is_moderate", lambda w, threads: checked.append(w) or check(w, threads)
+    )
     _, iterate = variables([1.0, 2.0], [5.0, np.nan])
     pairs = [Pair(*variables([1.0, 2.0]), iterate) for _ in range(3)]
     backend.update([([pair], weight) for pair, weight in zip(pairs, (0.0, 0.25, 1.0), strict=True)])
@@ -165,3 +170,46 @@ def test_updates_leave_no_gradients():
     average.trainable = False
     assert average.value.grad_fn is None
     assert raw.value.grad is None
+
+
+@pytest.mark.parametrize("together", [6, groups.TOGETHER])
+def test_weights_of_several_dtypes_and_sizes_are_updated_as_each_by_itself(together, monkeypatch):
+    monkeypatch.setattr(groups, "TOGETHER", together)
+    monkeypatch.setattr(groups, "SMALL", 4)
+    kinds = [("float32", 3), ("float64", 2), ("float32", 9), ("bfloat16", 4), ("float32", 2)] * 3
+    generator = np.random.default_rng(0)
+    pairs = []
+    for dtype, size in kinds:
+        average = keras.Variable(generator.normal(size=size), dtype=dtype)
+        iterate = keras.Variable(generator.normal(size=size), dtype=dtype)
+        target = average if dtype != "bfloat16" else keras.Variable(average, dtype="float32")
+        pairs.append(Pair(target, iterate))
+    for _ in range(2):
+        alone = [Pair(keras.Variable(p.target, dtype=p.target.dtype), p.raw) for p in pairs]
+        backend.update([(pairs, 0.25)])
+        for pair, single in zip(pairs, alone, strict=True):
+            backend.update([([single], 0.25)])
+            np.testing.assert_array_equal(pair.target.numpy(), single.target.numpy())
+            pair.raw.assign(-pair.raw)
+
+
+def test_averages_of_fewer_weights_of_a_model_are_grouped_anew():
+    iterates = variables(*[[float(n)] * 2 for n in range(4)])
+    pairs = [Pair(*variables([0.0, 0.0]), iterate) for iterate in iterates]
+    for own in (pairs, pairs[:2], pairs):
+        backend.update([(own, 0.5)])
+    assert [pair.target.numpy().tolist() for pair in pairs] == [
+        [0, 0],
+        [0.875] * 2,
+        [1.5] * 2,
+        [2.25] * 2,
+    ]
+
+
+def test_groups_are_dropped_with_their_averages():
+    pairs = [Pair(*variables([1.0], [2.0])) for _ in range(3)]
+    backend.update([(pairs, 0.5)])
+    before = len(groups._groupings)
+    del pairs
+    gc.collect()
+    assert len(groups._groupings) < before
