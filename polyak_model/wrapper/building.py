@@ -65,8 +65,9 @@ class Building(keras.Model):
             backend.once(lambda: self._start_on(backend.symbolic(x), batch))
 
     def _build_by_step(self, data):
-        has_call = keras_internals.has_call(self.raw_model)
-        if not (self.shadow.started or has_call or cloning.has_weights(self.raw_model)):
+        if self.shadow.started or keras_internals.has_call(self.raw_model):
+            return
+        if not cloning.has_weights(self.raw_model):
             backend.build_by_step(self.raw_model, data)
             # Parts that the step does not use are not built yet.
             backend.once(lambda: self._start(None))

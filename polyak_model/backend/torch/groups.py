@@ -5,6 +5,7 @@ are called for lists of them, and their values are copied to one flat tensor to 
 """
 
 import dataclasses
+import operator
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -45,8 +46,16 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class _Grouping:
-    kinds: list
+    dtype: torch.dtype
+    others: list
     groups: list
+
+    def is_of(self, averages):
+        """Returns whether these averages have been grouped, if they begin with the same one."""
+        first, *others = averages
+        # Lists of hundreds of tensors are compared at each step, so nothing of them is read.
+        alike = first.dtype == self.dtype and len(others) == len(self.others)
+        return alike and all(map(operator.is_, others, self.others))
 
 
 # By the first average, to which no group refers.
@@ -59,9 +68,9 @@ def groups_of(averages):
     They share memory: use what one has gathered before the next one gathers.
     """
     grouping = _groupings.get(averages[0])
-    kinds = [(tensor.shape, tensor.dtype) for tensor in averages]
-    if grouping is None or grouping.kinds != kinds:
-        grouping = _groupings[averages[0]] = _Grouping(kinds, _group(averages))
+    if grouping is None or not grouping.is_of(averages):
+        grouping = _Grouping(averages[0].dtype, averages[1:], _group(averages))
+        _groupings[averages[0]] = grouping
     return grouping.groups
 
 
