@@ -10,7 +10,8 @@ from polyak_model.backend.tensorflow import packed_handles as handles
 
 
 @pytest.fixture
-def variables():
+def variables(monkeypatch):
+    monkeypatch.setattr(handles, "FEWEST", 1)
     return [tf.Variable([float(number)]) for number in range(3)]
 
 
@@ -68,6 +69,15 @@ def test_packed_variables_are_written_to(variables):
 def test_a_pack_is_captured_as_one(variables):
     function = tf.function(lambda: add_one(pack(variables)) and None).get_concrete_function()
     assert len(function.captured_inputs) == 1
+
+
+def test_few_handles_are_captured_one_by_one(variables, monkeypatch):
+    monkeypatch.setattr(handles, "FEWEST", 3)
+    few = tf.function(lambda: add_one(pack(variables[:2])) and None).get_concrete_function()
+    assert len(few.captured_inputs) == 2
+    few()
+    tf.function(lambda: add_one(pack(variables)) and None)()
+    assert [float(v[0]) for v in variables] == [2, 3, 3]
 
 
 def test_reads_by_the_variable_itself_keep_their_order_with_writes_to_the_pack(variables):

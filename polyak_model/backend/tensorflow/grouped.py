@@ -79,7 +79,7 @@ def update_group(rows, weights, check_separately):
         moderate = _are_moderate(kinds, split(inputs)[1], stacked=True)
         _either(moderate, subtract, otherwise, inputs)
 
-    below_1 = tf.reduce_all(tf.not_equal(tf.stack(weights), 1))
+    below_1 = weights[0] < 1 if alone else tf.reduce_all(tf.stack(weights) < 1)
     if check_separately:
         _either(below_1, _traced_branch(check, inputs), otherwise, inputs)
     else:

@@ -23,6 +23,8 @@ except ImportError:
 
 # Without the resolver the order of reads and writes would be lost.
 ENABLED = register_acd_resource_resolver is not None
+# To pass fewer handles one by one takes less time than to unpack them.
+FEWEST = 4
 
 
 def pack(handles):
@@ -31,7 +33,8 @@ def pack(handles):
     Args:
         handles: List of handles of variables on one device.
     """
-    if not _packs():
+    # A SavedModel may refer to variables, not to tensors of their handles.
+    if not ENABLED or len(handles) < FEWEST or may_be_exported():
         return handles
     with tf.init_scope():
         packed = tf.stack(handles)
@@ -45,12 +48,8 @@ def unpack(tensors):
     Args:
         tensors: List of what `pack` returned.
     """
-    return tf.unstack(tensors[0]) if _packs() else tensors
-
-
-def _packs():
-    # A SavedModel may refer to variables, not to tensors of their handles.
-    return ENABLED and not may_be_exported()
+    is_packed = tensors[0].shape.rank == 1
+    return tf.unstack(tensors[0]) if is_packed else tensors
 
 
 def _resolve_packed_handles(operation, reads, writes):
