@@ -12,9 +12,11 @@ from polyak_model.weight_files.refusal import refusal
 from polyak_model.weight_files.tensor import cut
 from polyak_model.weight_files.writer import create_variable
 
-# In elements of all combinations together. Larger slabs take more memory, and leave the cache;
-# smaller ones take more time in Python.
-_SLAB, _SMALLEST = 2**18, 2**14
+# In elements. Larger slabs take more memory, and leave the cache; smaller ones take more time in
+# Python.
+_SLAB, _SLAB_OF_SEVERAL = 2**18, 2**15
+# Several combinations are products of matrices, for so many files at a time.
+_FILES = 16
 # One reads while the other adds.
 _THREADS = 2
 
@@ -55,8 +57,9 @@ def combine_several(files, combinations, names, targets, progress=None, dtypes=N
     last = files[-1].variables
     total = max(1, sum(math.prod(last[name].shape) for name in names))
     done = 0
-    slab = max(_SMALLEST, _SLAB // len(combinations))
-    buffers = _Buffers(len(combinations), slab)
+    slab, height = (_SLAB, 1) if len(combinations) == 1 else (_SLAB_OF_SEVERAL, _FILES)
+    combinations = np.array(combinations, "float64")
+    buffers = _Buffers(len(combinations), height, slab)
     dtypes = {name: last[name].dtype for name in names} | (dtypes or {})
     jobs = (
         (buffers, [f.variables[name] for f in files], combinations, part, dtypes[name])
@@ -98,21 +101,19 @@ class _Buffers(threading.local):
 
     Args:
         count: Int, the number of sums.
+        height: Int, the number of files that are read at once.
         slab: Int, the maximum number of elements of a part.
     """
 
-    def __init__(self, count, slab):
-        self._totals = np.empty((count, slab))
-        self._converted = np.empty(slab)
-        # A single sum needs the converted values no longer once they are multiplied.
-        self._term = np.empty(slab) if count > 1 else self._converted
+    def __init__(self, count, height, slab):
+        values = np.empty((height, slab))
+        # A single sum needs the values of a file no longer once they are multiplied.
+        terms = values if height == 1 else np.empty((count, slab))
+        self._arrays = np.empty((count, slab)), terms, values
 
-    def of_shape(self, shape):
-        """Returns float64 arrays of a shape: a list of the sums, and two others."""
-        size = math.prod(shape)
-        arrays = (*self._totals, self._converted, self._term)
-        *totals, converted, term = (array[:size].reshape(shape) for array in arrays)
-        return totals, converted, term
+    def of_size(self, size):
+        """Returns float64 matrices with so many columns: the sums, their terms, the files."""
+        return [array[:, :size] for array in self._arrays]
 
 
 def _map_in_order(function, jobs):
@@ -132,27 +133,27 @@ def _map_in_order(function, jobs):
 @np.errstate(over="ignore", invalid="ignore")
 def _combine_part(buffers, variables, combinations, part, dtype):
     """Returns each combination of one part of a tensor, in a dtype."""
-    totals, converted, term = buffers.of_shape(part.shape)
+    totals, terms, values = buffers.of_size(math.prod(part.shape))
     # A mean lies between its terms. Rounding in float64 may leave these bounds, or overflow.
     # Narrower dtypes are rounded only afterwards.
     are_means = [variables[0].dtype == "float64" and _is_mean(each) for each in combinations]
     low, high = np.inf, -np.inf
-    for n, variable in enumerate(variables):
-        array = variable.read(part)
-        # Converting, multiplying and adding one after the other is faster than two at a time.
-        np.copyto(converted, array)
-        for total, coefficients in zip(totals, combinations, strict=True):
-            if n == 0:
-                np.multiply(converted, coefficients[0], out=total)
-            else:
-                np.multiply(converted, coefficients[n], out=term)
-                np.add(total, term, out=total)
+    multiply = np.multiply if len(values) == 1 else np.matmul
+    for first in range(0, len(variables), len(values)):
+        few = slice(first, first + len(values))
+        rows = values[: len(variables[few])]
+        for row, variable in zip(rows, variables[few], strict=True):
+            np.copyto(row.reshape(part.shape), variable.read(part))
         if any(are_means):
-            low, high = np.minimum(low, array), np.maximum(high, array)
+            low, high = np.minimum(low, rows.min(0)), np.maximum(high, rows.max(0))
+        multiply(combinations[:, few], rows, out=terms if first else totals)
+        if first:
+            totals += terms
     results = []
     for total, is_mean in zip(totals, are_means, strict=True):
         if is_mean:
             np.clip(total, low, high, out=total)
+        total = total.reshape(part.shape)
         results.append(total.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
         if not np.isfinite(results[-1]).all():
             raise _not_finite(variables, part, dtype)

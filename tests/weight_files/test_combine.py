@@ -53,20 +53,27 @@ def test_a_combination_is_the_sum_in_float64_rounded_once(folder, dtype, coeffic
         assert low <= received[i] <= high
 
 
-def test_several_combinations_are_those_of_one_each_to_the_bit(folder):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("count", [1, 4, 35])
+def test_several_combinations_are_each_the_sum_in_float64_rounded_once(folder, dtype, count):
     generator = np.random.default_rng(0)
-    arrays = [generator.normal(size=(3, 2**17)).astype("float32") for _ in range(4)]
-    combinations = [*generator.normal(size=(3, 4)).tolist(), [0.25] * 4]
-    expected = [combine_arrays(folder, arrays, each) for each in combinations]
+    arrays = [generator.normal(size=(3, 2**15)).astype(dtype) for _ in range(count)]
+    coefficients = np.stack([*generator.normal(size=(3, count)), np.full(count, 1 / count)])
+    outputs = [folder / f"output-{n}.weights.h5" for n in range(4)]
     with contextlib.ExitStack() as stack:
-        paths = [folder / f"{n}.weights.h5" for n in range(4)]
+        paths = [write_hdf5(folder / f"{n}.weights.h5", {NAME: a}) for n, a in enumerate(arrays)]
         files = [stack.enter_context(open_weights(path)) for path in paths]
-        outputs = [folder / f"output-{n}.weights.h5" for n in range(4)]
         targets = [stack.enter_context(h5py.File(output, "w")) for output in outputs]
-        combine_several(files, combinations, [NAME], targets)
-    for output, array in zip(outputs, expected, strict=True):
+        combine_several(files, coefficients.tolist(), [NAME], targets)
+    terms = np.stack(arrays).astype("longdouble")
+    for output, own in zip(outputs, coefficients, strict=True):
         with open_weights(output) as weights:
-            np.testing.assert_array_equal(weights.variables[NAME].read(), array)
+            received = weights.variables[NAME].read()
+        exact = np.tensordot(own, terms, 1)
+        rounding = np.tensordot(np.abs(own), np.abs(terms), 1) * 2.0**-50
+        assert received.dtype == np.dtype(dtype)
+        assert np.all((exact - rounding).astype(dtype) <= received)
+        assert np.all(received <= (exact + rounding).astype(dtype))
 
 
 def test_coefficients_of_both_signs_may_leave_the_range_of_the_files(folder):
