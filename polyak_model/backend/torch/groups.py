@@ -28,7 +28,7 @@ class Group:
 
     positions: list
     flat: torch.Tensor | None = None
-    views: list = ()
+    views: list = dataclasses.field(default_factory=list)
 
     def of(self, tensors):
         """Returns those of a list that belong to this group."""
