@@ -12,7 +12,7 @@ import torch.utils.weak
 
 LISTS = ("_foreach_add", "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_sub")
 FUNCTIONS = [
-    *((torch, name) for name in (*LISTS, "_foreach_sub_")),
+    *((torch, name) for name in LISTS),
     (torch.utils.weak, "WeakTensorKeyDictionary"),
     (keras.Variable, "_initialize"),
     (keras.Layer, "_post_build"),

@@ -155,6 +155,36 @@ def test_a_compensated_average_in_blocks_is_that_of_whole_tensors_bit_for_bit(ba
     np.testing.assert_array_equal(results[0][0], results[0][2])
 
 
+OPERATIONS = 6
+
+
+@pytest.mark.parametrize("done", range(OPERATIONS + 1))
+def test_an_interrupt_leaves_a_compensated_average_as_it_was_or_moved(done, monkeypatch):
+    calls = []
+
+    def interrupted(function):
+        def call(*args, **kwargs):
+            if len(calls) == done:
+                raise KeyboardInterrupt
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in [name for name in dir(torch) if name.startswith("_foreach_")]:
+        monkeypatch.setattr(torch, name, interrupted(getattr(torch, name)))
+    (pair,) = [Pair(*variables([4.0], [5.0], [1e-8]))]
+    if done < OPERATIONS:
+        with pytest.raises(KeyboardInterrupt):
+            backend.update([([pair], 0.25)])
+    else:
+        backend.update([([pair], 0.25)])
+    assert pair.target.numpy() in ([4.0], [4.25])
+    # A residual that does not belong to it is at most a step.
+    assert abs(pair.residual.numpy()) <= 0.2500001
+    assert len(calls) == done
+
+
 def test_weights_of_16_bits_are_averaged_in_float32():
     (target,), (raw,) = variables([1.0]), variables([1.5], dtype="float32")
     raw = keras.Variable(raw.numpy(), dtype="bfloat16")

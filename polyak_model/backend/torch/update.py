@@ -101,12 +101,11 @@ def _in_blocks(*lists):
 
 
 def _update_moderate(c, w, a, r):
-    """Does so in place, and without intermediate results but two: lists of tensors."""
+    """Does so for moderate iterates, and leaves averages intact where it is interrupted."""
     step = r
     torch._foreach_lerp_(step, torch._foreach_sub(w, a), c)
     moved = torch._foreach_add(a, step)
-    torch._foreach_sub_(a, moved)
-    torch._foreach_add_(r, a)
+    torch._foreach_add_(r, torch._foreach_sub(a, moved))
     torch._foreach_copy_(a, moved)
 
 
