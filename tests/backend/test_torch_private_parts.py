@@ -10,7 +10,7 @@ if keras.backend.backend() != "torch":
 import torch
 import torch.utils.weak
 
-LISTS = ("_foreach_add", "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_sub")
+LISTS = ("_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_sub", "_foreach_sub_")
 FUNCTIONS = [
     *((torch, name) for name in LISTS),
     (torch.utils.weak, "WeakTensorKeyDictionary"),

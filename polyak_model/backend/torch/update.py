@@ -102,11 +102,13 @@ def _in_blocks(*lists):
 
 def _update_moderate(c, w, a, r):
     """Does so for moderate iterates, and leaves averages intact where it is interrupted."""
-    step = r
-    torch._foreach_lerp_(step, torch._foreach_sub(w, a), c)
-    moved = torch._foreach_add(a, step)
-    torch._foreach_add_(r, torch._foreach_sub(a, moved))
-    torch._foreach_copy_(a, moved)
+    difference = torch._foreach_sub(w, a)
+    torch._foreach_lerp_(r, difference, c)  # The step.
+    before = difference  # Another list would take time to allocate, and leave the cache.
+    torch._foreach_copy_(before, a)
+    torch._foreach_add_(a, r)
+    torch._foreach_sub_(before, a)
+    torch._foreach_add_(r, before)
 
 
 def _update_any_compensated(c, w, a, r):
