@@ -9,6 +9,7 @@ import closed_forms
 import keras
 import numpy as np
 import pytest
+from frameworks import BACKEND
 from keras import tree
 from keras_files import contents_of
 from models import Recorder, create_state
@@ -31,6 +32,7 @@ class Kind:
         arguments: Arguments of `PolyakModel` beside the rule.
         batch_size: Examples in a batch.
         shuffle: Bool. Whether `fit` shuffles.
+        adds_losses: Bool. Whether layers add losses when they are called.
     """
 
     make: Callable
@@ -40,6 +42,7 @@ class Kind:
     arguments: dict = dataclasses.field(default_factory=dict)
     batch_size: int = 8
     shuffle: bool = True
+    adds_losses: bool = False
 
 
 class Trained:
@@ -165,7 +168,10 @@ def check_evaluation(model, kind):
 
     model.report = ("average", "raw", "ensemble")
     logs = evaluate(model)
-    with eagerly(model.raw_model, model.average_model):
+    # Keras recognizes added losses by `id`. On JAX an eager step reuses those of the last batch,
+    # and a bare model loses or repeats one in about one batch of a hundred.
+    traced = kind.adds_losses and BACKEND == "jax"
+    with eagerly(*[] if traced else (model.raw_model, model.average_model)):
         raw, alone = evaluate(model.raw_model), evaluate(model.average_model)
     assert {name: logs[f"raw_{name}"] for name in raw} == pytest.approx(raw, rel=1e-6)
     alone["loss"] += penalty_of_average(model)

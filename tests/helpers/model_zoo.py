@@ -269,6 +269,7 @@ KINDS = {
         lambda: classifier(dense(kernel_regularizer="l2", activity_regularizer="l1"), Squared()),
         X,
         LABELS,
+        adds_losses=True,
     ),
     "dropout": Kind(lambda: classifier(dense(), layers.Dropout(0.4, seed=7)), X, LABELS),
     "noise": Kind(
