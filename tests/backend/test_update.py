@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from keras import tree
 from models import make_net_of_every_size
 from pairs import Pair
 
@@ -34,8 +35,8 @@ def call(function):
 
 
 MEANS = {
-    "eager": (call, {"HUGE": 1}),
-    "graph": (tf.function, {"HUGE": 1}),
+    "eager": (call, {}),
+    "graph": (tf.function, {"can_be_grouped": lambda pair: False}),
     "graph, grouped": (tf.function, {}),
     "graph, grouped, checked separately": (tf.function, {"FEW": 1}),
     "graph, grouped, not packed": (tf.function, {"ENABLED": False}),
@@ -130,6 +131,33 @@ def test_compensation_keeps_the_sum_of_average_and_residual_exact(
     assert np.abs(a.astype("float64") + r - expected).max() <= 2.5e-7 * scale
 
 
+@pytest.fixture
+def update_group():
+    """Updates a group of two compensated averages, whose values are the rows of arrays."""
+    pairs = [Pair(*variables(*[np.zeros(2)] * 3)) for _ in range(2)]
+    update = tf.function(lambda weight: backend.update([(pairs, weight)]))
+
+    def updated(weight, iterate, average, residual):
+        values = zip(average, iterate, residual, strict=True)
+        for variable, value in zip(tree.flatten(pairs), tree.flatten(list(values)), strict=True):
+            variable.assign(value)
+        update(weight)
+        return [[pair.target.numpy() for pair in pairs], [pair.residual.numpy() for pair in pairs]]
+
+    return updated
+
+
+@SAME_FIXTURE
+@given(average=FLOATS, iterate=FLOATS, fractions=FLOATS, weight=st.floats(0, 1))
+def test_a_group_of_compensated_averages_is_updated_by_the_formula_bit_for_bit(
+    update_group, average, iterate, fractions, weight
+):
+    a, w, f = (np.reshape(np.float32(each), (2, 2)) for each in (average, iterate, fractions))
+    r = np.spacing(a) * f / np.float32(4e6)
+    expected = kernels.updated_compensated(tf.constant(weight, "float32"), w, a, r)
+    np.testing.assert_array_equal(update_group(tf.constant(weight, "float64"), w, a, r), expected)
+
+
 def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated):
     for bad, weight in itertools.product([np.nan, np.inf, -np.inf], [0.0, 0.3, 1.0]):
         average, iterate = [1.0] * 4, [bad, 2.0, 2.0, 2.0]
@@ -140,11 +168,14 @@ def test_the_average_stays_where_the_iterate_is_not_finite(plain, compensated):
         assert r[0] == np.float32(1e-9)
 
 
+@pytest.mark.parametrize("rest", [(), ([0.0, 0.0],)], ids=["plain", "compensated"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_iterate_that_is_not_finite_does_not_stop_the_other_averages(bad, compiler, monkeypatch):
+def test_an_iterate_that_is_not_finite_does_not_stop_the_other_averages(
+    bad, rest, compiler, monkeypatch
+):
     monkeypatch.setattr(updates, "TOGETHER", 4)
     monkeypatch.setattr(updates, "FEW", max(updates.FEW, 2))
-    pairs = [Pair(*variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0])) for n in range(5)]
+    pairs = [Pair(*variables([1.0, 1.0], [3.0, bad if n == 2 else 3.0], *rest)) for n in range(5)]
     compiler(lambda: backend.update([(pairs, tf.constant(0.25, "float64"))]))()
     moved = [a.numpy().tolist() for a, *_ in pairs]
     assert moved == [[1.5, 1.0 if n == 2 else 1.5] for n in range(5)]
@@ -216,17 +247,18 @@ def test_averages_of_one_iterate_are_updated_as_each_would_be_alone(compensated,
                         np.testing.assert_array_equal(mine.numpy(), expected.numpy())
 
 
-def test_operations_after_an_update_see_it(compiler):
-    a, w = variables([1.0, 2.0], [5.0, 6.0])
+@pytest.mark.parametrize("rest", [(), ([0.0, 0.0],)], ids=["plain", "compensated"])
+def test_operations_after_an_update_see_it(rest, compiler):
+    pair = a, w, _ = Pair(*variables([1.0, 2.0], [5.0, 6.0], *rest))
 
     def twice():
         before = a + 0.0
-        backend.update([([Pair(a, w)], tf.constant(0.5, "float64"))])
+        backend.update([([pair], tf.constant(0.5, "float64"))])
         between = a + 0.0
         w.assign(between + 4.0)
-        backend.update([([Pair(a, w)], tf.constant(0.5, "float64"))])
+        backend.update([([pair], tf.constant(0.5, "float64"))])
         after = a + 0.0
-        backend.update([([Pair(a, w)], tf.constant(1.0, "float64"))])
+        backend.update([([pair], tf.constant(1.0, "float64"))])
         return before, between, after, a + 0.0
 
     np.testing.assert_array_equal(compiler(twice)(), [[1, 2], [3, 4], [5, 6], [7, 8]])
@@ -243,12 +275,13 @@ def test_operations_after_an_update_see_it_where_xla_clusters_parts_of_a_graph()
     )
 
 
-def test_averages_of_several_shapes_and_dtypes_are_updated(compiler, monkeypatch):
+@pytest.mark.parametrize("compensated", [False, True])
+def test_averages_of_several_shapes_and_dtypes_are_updated(compensated, compiler, monkeypatch):
     for limit in ("LARGE", "HUGE"):
         monkeypatch.setattr(updates, limit, min(getattr(updates, limit), 3))
     pairs = [
-        Pair(*variables(np.zeros(shape), np.ones(shape), dtype=dtype))
-        for shape in ((), (2,), (3,), (2, 3))
+        Pair(*variables(*map(np.full, [shape] * (2 + compensated), (0.0, 1.0, 0.0)), dtype=dtype))
+        for shape in ((), (2,), (3,), (2, 3), (2,))
         for dtype in ("float32", "float64")
     ]
     compiler(lambda: backend.update([(pairs, tf.constant(0.25, "float64"))]))()
@@ -267,7 +300,16 @@ def test_groups_of_small_averages_are_smaller_and_checked_separately(size, branc
     assert operations["L2Loss"] == (0 if size == 1 else 5)
 
 
-def test_the_thresholds_that_ship_are_all_reached_by_the_net_of_every_size(monkeypatch):
+@pytest.mark.parametrize(
+    ("compensated", "expected"),
+    [
+        (False, ["alone", "separately", "separately", "in one go"]),
+        (True, ["alone", "alone", "separately", "separately", "in one go"]),
+    ],
+)
+def test_the_thresholds_that_ship_are_all_reached_by_the_net_of_every_size(
+    compensated, expected, monkeypatch
+):
     paths = []
 
     def update_group(rows, weights, check_separately):
@@ -275,9 +317,9 @@ def test_the_thresholds_that_ship_are_all_reached_by_the_net_of_every_size(monke
 
     monkeypatch.setattr(updates, "update_group", update_group)
     monkeypatch.setattr(updates, "_apply", lambda formula, *_: paths.append("alone"))
-    model = PolyakModel(make_net_of_every_size())
+    model = PolyakModel(make_net_of_every_size(), compensated=compensated)
     tf.function(model.update_average).get_concrete_function()
-    assert paths == ["alone", "separately", "separately", "in one go"]
+    assert paths == expected
 
 
 @pytest.mark.parametrize("iterate_dtype", ["bfloat16", "float16", "float64"])

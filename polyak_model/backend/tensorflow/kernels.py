@@ -18,9 +18,7 @@ def updated(c, w, a):
 
 def updated_compensated(c, w, a, r):
     """Returns the same for an average of twice the precision, `a + r`, and its new residual."""
-    step = _step(c, w, a, r)
-    moved = a + step
-    rest = step - (moved - a)
+    moved, rest = updated_moderately(c, w, a, r)
     # Where the difference overflows, it does not at a quarter of the scale, which is exact.
     overflows = tf.logical_not(tf.math.is_finite(rest))
     moved = tf.where(overflows, (1 - c) * a + c * w, moved)
@@ -28,6 +26,13 @@ def updated_compensated(c, w, a, r):
     moved, rest = tf.where(c == 1, w, moved), tf.where(c == 1, tf.zeros_like(r), rest)
     finite = tf.math.is_finite(w)
     return tf.where(finite, moved, a), tf.where(finite, rest, r)
+
+
+def updated_moderately(c, w, a, r):
+    """Returns the same where `c` is below 1 and the difference does not overflow."""
+    step = _step(c, w, a, r)
+    moved = a + step
+    return moved, step - (moved - a)
 
 
 def _step(c, w, a, r):

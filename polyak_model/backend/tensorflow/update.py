@@ -29,17 +29,18 @@ def update(updates):
     if not updates:
         return
     of_averages, weights = zip(*updates, strict=True)
-    grouped = []
+    plain, compensated = [], []
     # The averages of one raw weight.
     for pairs in zip(*of_averages, strict=True):
-        if pairs[0].residual is not None:
+        size, has_residual = math.prod(pairs[0].target.shape), pairs[0].residual is not None
+        if size < (LARGE if has_residual else HUGE) and all(map(can_be_grouped, pairs)):
+            (compensated if has_residual else plain).append(pairs)
+        elif has_residual:
             targets = [(pair.target, pair.residual) for pair in pairs]
             _apply(kernels.updated_compensated, weights, pairs[0].raw, targets)
-        elif math.prod(pairs[0].target.shape) < HUGE and all(map(can_be_grouped, pairs)):
-            grouped.append(pairs)
         else:
             _apply(kernels.updated, weights, pairs[0].raw, [(pair.target,) for pair in pairs])
-    for part in _parts(grouped, TOGETHER):
+    for part in [*_parts(plain, TOGETHER), *_parts(compensated, TOGETHER)]:
         elements = sum(math.prod(pairs[0].target.shape) for pairs in part)
         if len(part) >= FEW and elements < SMALL:
             for few in _parts(part, FEW):
