@@ -82,7 +82,8 @@ def test_averages_move_on_the_device_where_they_live(compensated, batches, monke
         device: collections.Counter(node.op for node in nodes if node.device.endswith(device))
         for device in ("CPU:0", "CPU:1")
     }
-    of_averaging = {"StatefulPartitionedCall", "IsFinite"}
+    compiled = "PartitionedCall" if compensated else "StatefulPartitionedCall"
+    of_averaging = {compiled, "IsFinite"}
     of_training = {"SparseSoftmaxCrossEntropyWithLogits", "BiasAddGrad", "Rsqrt"}
     assert of_averaging <= set(placed["CPU:1"])
     assert not of_averaging & set(placed["CPU:0"])

@@ -300,6 +300,18 @@ def test_groups_of_small_averages_are_smaller_and_checked_separately(size, branc
     assert operations["L2Loss"] == (0 if size == 1 else 5)
 
 
+def test_large_compensated_averages_are_updated_in_turn_which_takes_less_memory():
+    first = [Pair(*variables(*[np.zeros(updates.LARGE)] * 3)) for _ in range(2)]
+    second = [Pair(*variables(raw), raw, *variables(raw)) for _, raw, _ in first]
+    update = tf.function(lambda c: backend.update([(first, c), (second, c)]))
+    graph = update.get_concrete_function(tf.constant(0.5, "float64")).graph
+    calls = [each for each in graph.get_operations() if each.type == "PartitionedCall"]
+    assert len(calls) == 4
+    for before, after in itertools.pairwise(calls):
+        assigned = {reader for output in before.outputs for reader in output.consumers()}
+        assert all(assigned <= set(value.op.control_inputs) for value in after.inputs)
+
+
 @pytest.mark.parametrize(
     ("compensated", "expected"),
     [

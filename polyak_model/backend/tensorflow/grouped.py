@@ -2,9 +2,9 @@
 
 In a graph with hundreds of small variables, each operation and each captured variable takes longer
 than the arithmetic. So the finiteness of many iterates is checked at once, for all averages, and
-each average is updated by one operation, `target -= weight * (target - raw)`. That is exact only
-for a weight below 1; for a weight of 1, or an iterate that is not finite, the formula of `kernels`
-is used.
+each average is updated by one operation, `target -= weight * (target - raw)`, or, if compensated,
+together with the others of its shape. That is exact only for a weight below 1; for a weight of 1,
+or an iterate that is not finite, the formula of `kernels` is used.
 """
 
 import collections
@@ -61,7 +61,7 @@ def update_group(rows, weights, check_separately):
     inputs = [*weights, *raw, *(handle for packed in states for handle in packed)]
 
     def split(inputs):
-        """Returns the weights, the handles of raw weights, and those of each average's variables."""
+        """Returns the weights, and the handles of raw weights and of each average's variables."""
         packs, size = inputs[len(weights) :], len(raw)
         w, *parts = [unpack(packs[first : first + size]) for first in range(0, len(packs), size)]
         each = len(parts) // len(weights)

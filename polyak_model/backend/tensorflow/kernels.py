@@ -47,6 +47,12 @@ def read(handle, shape, dtype):
 
 
 @functools.cache
+def compiled(formula):
+    """Returns a formula as one function that XLA compiles."""
+    return tf.function(formula, jit_compile=True, autograph=False)
+
+
+@functools.cache
 def traced(formula, counts, shape, dtype, iterate_dtype, jit_compile=None):
     """Returns a function of weights, the iterate and handles that applies a formula in place.
 

@@ -6,6 +6,7 @@ few numbers. Small averages are updated in groups. All averages of one raw weigh
 together, while its value is in the cache of the processor.
 """
 
+import itertools
 import math
 
 import tensorflow as tf
@@ -29,15 +30,18 @@ def update(updates):
     if not updates:
         return
     of_averages, weights = zip(*updates, strict=True)
-    plain, compensated = [], []
+    plain, compensated, previous = [], [], []
     # The averages of one raw weight.
     for pairs in zip(*of_averages, strict=True):
         size, has_residual = math.prod(pairs[0].target.shape), pairs[0].residual is not None
         if size < (LARGE if has_residual else HUGE) and all(map(can_be_grouped, pairs)):
             (compensated if has_residual else plain).append(pairs)
         elif has_residual:
-            targets = [(pair.target, pair.residual) for pair in pairs]
-            _apply(kernels.updated_compensated, weights, pairs[0].raw, targets)
+            for weight, pair in zip(weights, pairs, strict=True):
+                # In turn, so that only one at a time needs memory for its results.
+                with tf.control_dependencies(previous):
+                    own = [(pair.target, pair.residual)]
+                    previous = _apply(kernels.updated_compensated, [weight], pair.raw, own)
         else:
             _apply(kernels.updated, weights, pairs[0].raw, [(pair.target,) for pair in pairs])
     for part in [*_parts(plain, TOGETHER), *_parts(compensated, TOGETHER)]:
@@ -61,21 +65,42 @@ def _apply(formula, weights, iterate, targets):
         weights: Tuple with the weight of each average.
         iterate: The raw weight.
         targets: List with a tuple of variables for each average.
+
+    Returns:
+        List of the operations of a graph that others may wait for.
     """
-    w, dtype = tf.convert_to_tensor(iterate), tf.as_dtype(targets[0][0].dtype)
+    w = tf.convert_to_tensor(iterate)
     if _pays_to_compile(targets[0][0]):
-        handles = [target.handle for own in targets for target in own]
         # The averages' device, wherever the iterate is.
-        with tf.device(handles[0].device):
-            shape, counts = tuple(targets[0][0].shape), (len(weights), len(targets[0]))
-            function = kernels.traced(formula, counts, shape, dtype, w.dtype, True)
-            function(*weights, w, *handles)
-        return
+        with tf.device(targets[0][0].handle.device):
+            return _apply_compiled(formula, weights, w, targets)
     for weight, own in zip(weights, targets, strict=True):
-        values = map(tf.convert_to_tensor, own)
-        results = formula(tf.cast(weight, dtype), tf.cast(w, dtype), *values)
-        for target, value in zip(own, results, strict=True):
+        for target, value in zip(own, _results(formula, weight, w, own), strict=True):
             target.assign(value)
+    return []
+
+
+def _apply_compiled(formula, weights, w, targets):
+    handles = [[target.handle for target in own] for own in targets]
+    if len(targets[0]) == 1:
+        target = targets[0][0]
+        shape, dtype = tuple(target.shape), tf.as_dtype(target.dtype)
+        function = kernels.traced(formula, (len(weights), 1), shape, dtype, w.dtype, True)
+        function(*weights, w, *itertools.chain(*handles))
+        return []
+    # XLA computes two results in two loops. To work in place it would copy both variables first.
+    return [
+        tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+        for weight, own, mine in zip(weights, targets, handles, strict=True)
+        for handle, value in zip(
+            mine, _results(kernels.compiled(formula), weight, w, own), strict=True
+        )
+    ]
+
+
+def _results(formula, weight, w, variables):
+    dtype = variables[0].dtype
+    return formula(tf.cast(weight, dtype), tf.cast(w, dtype), *map(tf.convert_to_tensor, variables))
 
 
 def _pays_to_compile(target):
