@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from keras import tree
 from models import make_net_of_every_size
@@ -148,6 +148,9 @@ def update_group():
 
 
 @SAME_FIXTURE
+@example(
+    average=[524290.0] * 4, iterate=[1.03125] * 4, fractions=[0.0] * 4, weight=np.nextafter(1, 0)
+)
 @given(average=FLOATS, iterate=FLOATS, fractions=FLOATS, weight=st.floats(0, 1))
 def test_a_group_of_compensated_averages_is_updated_by_the_formula_bit_for_bit(
     update_group, average, iterate, fractions, weight

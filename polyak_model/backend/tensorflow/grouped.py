@@ -2,9 +2,9 @@
 
 In a graph with hundreds of small variables, each operation and each captured variable takes longer
 than the arithmetic. So the finiteness of many iterates is checked at once, for all averages, and
-each average is updated by one operation, `target -= weight * (target - raw)`, or, if compensated,
-together with the others of its shape. That is exact only for a weight below 1; for a weight of 1,
-or an iterate that is not finite, the formula of `kernels` is used.
+each average is updated by one operation, `target -= weight * (target - raw)`, or by few, if
+compensated. Those of one shape are stacked. The formula is exact only for a weight below 1; for a
+weight of 1, or an iterate that is not finite, that of `kernels` is used.
 """
 
 import collections
@@ -50,8 +50,11 @@ def update_group(rows, weights, check_separately):
             its own, which captures fewer variables; or in the current graph,
             while large iterates are still in the cache of the processor.
     """
-    kinds = [(tuple(p.target.shape), p.target.dtype, p.raw.dtype) for p, *_ in rows]
     compensated = rows[0][0].residual is not None
+    kinds = [(tuple(p.target.shape), p.target.dtype, p.raw.dtype) for p, *_ in rows]
+    # To stack large values would take longer than more operations.
+    stacked = check_separately or compensated
+    alike = _positions(kinds) if stacked else [[i] for i in range(len(kinds))]
     raw = pack([pair.raw.handle for pair, *_ in rows])
     states = []
     for own in zip(*rows, strict=True):
@@ -61,78 +64,102 @@ def update_group(rows, weights, check_separately):
     inputs = [*weights, *raw, *(handle for packed in states for handle in packed)]
 
     def split(inputs):
-        """Returns the weights, and the handles of raw weights and of each average's variables."""
-        packs, size = inputs[len(weights) :], len(raw)
-        w, *parts = [unpack(packs[first : first + size]) for first in range(0, len(packs), size)]
-        each = len(parts) // len(weights)
-        own = [parts[first : first + each] for first in range(0, len(parts), each)]
-        return inputs[: len(weights)], w, own
+        """Returns weights, the handles of raw weights and of each average's, and the iterates."""
+        first, size = len(weights), len(raw)
+        last = first + size * (1 + len(states))
+        w, *parts = [unpack(inputs[i : i + size]) for i in range(first, last, size)]
+        each = len(parts) // first
+        own = [parts[i : i + each] for i in range(0, len(parts), each)]
+        return inputs[:first], w, own, inputs[last:]
 
-    def branch(update, averages):
-        def update_all(*inputs):
-            weights, raw, states = split(inputs)
-            update(kinds, [weights[i] for i in averages], raw, [states[i] for i in averages])
+    def branch(update, averages, inputs):
+        def update_some(*inputs):
+            weights, raw, states, iterates = split(inputs)
+            chosen = [weights[i] for i in averages], [states[i] for i in averages]
+            update(kinds, alike, raw, iterates, *chosen)
 
-        return _traced_branch(update_all, inputs)
+        return _traced_branch(update_some, inputs)
 
     def one_by_one(*inputs):
         # Each average takes the branch that it would take alone, so it is the same to the bit.
-        weights, raw, _ = split(inputs)
-        moderate = _are_moderate(kinds, raw, stacked=True)
+        weights, *_, iterates = split(inputs)
+        moderate = _are_moderate(iterates)
         for i, weight in enumerate(weights):
-            condition = tf.logical_and(moderate, tf.not_equal(weight, 1))
-            _either(condition, branch(fast, [i]), branch(_take_care, [i]), inputs)
+            condition = tf.logical_and(moderate, _are_below_1([weight], kinds))
+            branches = branch(move, [i], inputs), branch(_take_care, [i], inputs)
+            _either(condition, *branches, inputs)
 
-    fast = _compensate if compensated else _subtract
-    every = range(len(weights))
-    usual = branch(fast, every)
-    alone = len(weights) == 1
-    otherwise = branch(_take_care, every) if alone else _traced_branch(one_by_one, inputs)
+    move = _compensate if compensated else _subtract
 
-    def check(*inputs):
-        moderate = _are_moderate(kinds, split(inputs)[1], stacked=True)
-        _either(moderate, usual, otherwise, inputs)
+    def update_all(handles, weights, inputs):
+        iterates = [_iterates(kinds, handles, positions) for positions in alike]
+        condition = tf.logical_and(_are_moderate(iterates), _are_below_1(weights, kinds))
+        inputs, every = [*inputs, *iterates], range(len(weights))
+        usual = branch(move, every, inputs)
+        if len(weights) == 1:
+            otherwise = branch(_take_care, every, inputs)
+        else:
+            otherwise = _traced_branch(one_by_one, inputs)
+        _either(condition, usual, otherwise, inputs)
 
-    below_1 = weights[0] < 1 if alone else tf.reduce_all(tf.stack(weights) < 1)
     if check_separately:
-        _either(below_1, _traced_branch(check, inputs), otherwise, inputs)
+
+        def separately(*inputs):
+            weights, handles, *_ = split(inputs)
+            update_all(handles, weights, inputs)
+
+        # A call would be inlined, but not this.
+        function = _traced_branch(separately, inputs)
+        _either(weights[0] < 1, function, function, inputs)
     else:
-        moderate = _are_moderate(kinds, [pair.raw.handle for pair, *_ in rows], stacked=False)
-        _either(tf.logical_and(moderate, below_1), usual, otherwise, inputs)
+        update_all([pair.raw.handle for pair, *_ in rows], weights, inputs)
 
 
-def _subtract(kinds, weights, raw, states):
-    for (shape, dtype, raw_dtype), handle, *own in zip(kinds, raw, *_targets(states), strict=True):
-        w = tf.cast(read(handle, shape, raw_dtype), dtype)
-        for weight, target in zip(weights, own, strict=True):
-            alpha, delta = tf.cast(weight, dtype), read(target, shape, dtype) - w
-            tf.raw_ops.ResourceApplyGradientDescent(var=target, alpha=alpha, delta=delta)
+def _positions(kinds):
+    """Returns lists of the positions of equal kinds."""
+    found = collections.defaultdict(list)
+    for position, kind in enumerate(kinds):
+        found[kind].append(position)
+    return list(found.values())
 
 
-def _targets(states):
-    return [targets for (targets,) in states]
+def _stacked(handles, shape, dtype):
+    values = [read(handle, shape, dtype) for handle in handles]
+    return tf.stack(values) if len(values) > 1 else values[0]
 
 
-def _compensate(kinds, weights, raw, states):
-    # Variables of one shape are updated as one array, with a seventh of the operations.
-    same = collections.defaultdict(list)
-    for index, kind in enumerate(kinds):
-        same[kind].append(index)
-    for (shape, dtype, raw_dtype), members in same.items():
+def _iterates(kinds, raw, positions):
+    shape, dtype, raw_dtype = kinds[positions[0]]
+    return tf.cast(_stacked([raw[i] for i in positions], shape, raw_dtype), dtype)
 
-        def stacked(handles, dtype, shape=shape, members=members):
-            return tf.stack([read(handles[i], shape, dtype) for i in members])
 
-        w = tf.cast(stacked(raw, raw_dtype), dtype)
-        for weight, own in zip(weights, states, strict=True):
-            values = [stacked(handles, dtype) for handles in own]
+def _subtract(kinds, alike, raw, iterates, weights, states):
+    for positions, w in zip(alike, iterates, strict=True):
+        shape, dtype, _ = kinds[positions[0]]
+        for weight, (targets,) in zip(weights, states, strict=True):
+            own = [targets[i] for i in positions]
+            alpha, delta = tf.cast(weight, dtype), _stacked(own, shape, dtype) - w
+            for target, each in zip(own, _unstacked(delta, own), strict=True):
+                tf.raw_ops.ResourceApplyGradientDescent(var=target, alpha=alpha, delta=each)
+
+
+def _compensate(kinds, alike, raw, iterates, weights, states):
+    for positions, w in zip(alike, iterates, strict=True):
+        shape, dtype, _ = kinds[positions[0]]
+        for weight, state in zip(weights, states, strict=True):
+            own = [[handles[i] for i in positions] for handles in state]
+            values = [_stacked(handles, shape, dtype) for handles in own]
             results = updated_moderately(tf.cast(weight, dtype), w, *values)
             for handles, result in zip(own, results, strict=True):
-                for i, value in zip(members, tf.unstack(result), strict=True):
-                    tf.raw_ops.AssignVariableOp(resource=handles[i], value=value)
+                for handle, value in zip(handles, _unstacked(result, handles), strict=True):
+                    tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
 
-def _take_care(kinds, weights, raw, states):
+def _unstacked(value, handles):
+    return tf.unstack(value) if len(handles) > 1 else [value]
+
+
+def _take_care(kinds, alike, raw, iterates, weights, states):
     formula = updated if len(states[0]) == 1 else updated_compensated
     for index, (shape, dtype, raw_dtype) in enumerate(kinds):
         w = read(raw[index], shape, raw_dtype)
@@ -153,23 +180,17 @@ def _either(condition, then, otherwise, inputs):
     tf.raw_ops.If(cond=condition, input=inputs, Tout=[], then_branch=then, else_branch=otherwise)
 
 
-def _are_moderate(kinds, handles, stacked):
+def _are_moderate(iterates):
     """Returns whether the squares of all iterates have a finite sum.
 
     Then no iterate is inf or NaN, nor so large that its difference from an
     average overflows.
-
-    Args:
-        kinds: List of `(shape, dtype, raw dtype)`.
-        handles: List of the handles of the iterates.
-        stacked: Bool. Whether to stack iterates of one shape first: fewer
-            operations, but a copy.
     """
-    values = collections.defaultdict(list)
-    for (shape, dtype, raw_dtype), handle in zip(kinds, handles, strict=True):
-        values[shape, dtype].append(tf.cast(read(handle, shape, raw_dtype), dtype))
-    groups = [
-        value for group in values.values() for value in ([tf.stack(group)] if stacked else group)
-    ]
-    sums = [tf.cast(tf.nn.l2_loss(group), "float32") for group in groups]
+    sums = [tf.cast(tf.nn.l2_loss(iterate), "float32") for iterate in iterates]
     return tf.math.is_finite(tf.add_n(sums))
+
+
+def _are_below_1(weights, kinds):
+    # Rounded, as the formulas use them.
+    dtypes = {dtype for _, dtype, _ in kinds}
+    return tf.reduce_all([tf.cast(tf.stack(weights), dtype) < 1 for dtype in dtypes])
