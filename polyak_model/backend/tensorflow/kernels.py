@@ -29,7 +29,7 @@ def updated_compensated(c, w, a, r):
 
 
 def updated_moderately(c, w, a, r):
-    """Returns the same where `c` is below 1 and the difference does not overflow."""
+    """Returns the same where `c` is below 1, `w` is finite and no difference overflows."""
     step = _step(c, w, a, r)
     moved = a + step
     return moved, step - (moved - a)
